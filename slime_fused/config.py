@@ -1,0 +1,74 @@
+"""Hyperparameters of the SLIME loss, validated when they are set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+StabilizerReduction = Literal["sequence", "token"]
+_REDUCTIONS = ("sequence", "token")
+
+
+@dataclass(frozen=True)
+class SlimeLossConfig:
+    """Hyperparameters of SLIME (arXiv 2602.02383, eq. 5 to 10), in the paper's names and with its defaults.
+
+    For a pair with mean log-probs ``m_w`` (chosen) and ``m_l`` (rejected) and the margin ``D = m_w - m_l``::
+
+        anchor     = -lambda_w * m_w
+        margin     =  lambda_d * max(0, margin_hard - D) * sigmoid(-kappa * (D - margin_soft))
+        stabilizer =  lambda_l * mean over rejected tokens of softplus(-logp_t - delta) ** power
+
+    ``stabilizer_reduction="sequence"`` (the paper) averages the stabilizer over the tokens of each rejected
+    response and then over pairs; ``"token"`` (the authors' code) takes one mean over all rejected tokens of the
+    batch, so that long responses weigh more.
+
+    Raises ValueError for a negative weight, ``kappa <= 0``, ``power < 1``, a non-finite value or an unknown
+    reduction, and TypeError for a value that is no number.
+    """
+
+    lambda_w: float = 0.1
+    lambda_l: float = 0.1
+    lambda_d: float = 1.0
+    delta: float = 1.25
+    margin_hard: float = 1.5
+    margin_soft: float = 1.0
+    kappa: float = 2.5
+    power: float = 2.5
+    stabilizer_reduction: StabilizerReduction = "sequence"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name == "stabilizer_reduction":
+                continue
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{field.name}: expected a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
+        for name in ("lambda_w", "lambda_l", "lambda_d"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
+        if self.kappa <= 0:
+            raise ValueError(f"kappa: expected a number > 0, got {self.kappa!r}")
+        if self.power < 1:
+            raise ValueError(f"power: expected a number >= 1, got {self.power!r}")
+        if self.stabilizer_reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"stabilizer_reduction: expected one of {_REDUCTIONS}, got {self.stabilizer_reduction!r}"
+            )
+
+    @classmethod
+    def authors_code(cls, *, triple: bool = False) -> SlimeLossConfig:
+        """The values and the reduction of the authors' training script, to match a run of it number for number.
+
+        ``triple=True`` also reproduces that their trainer computes the loss three times and sums it.
+        """
+        times = 3.0 if triple else 1.0
+        return cls(
+            lambda_w=0.1 * times,
+            lambda_l=0.0005 * times,
+            lambda_d=1.0 * times,
+            stabilizer_reduction="token",
+        )

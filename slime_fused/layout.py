@@ -1,0 +1,137 @@
+"""Which rows of the hidden states carry a label, and to which sequence they belong.
+
+Padded and packed inputs both become one flat row space: ``hidden`` (N_all, D), one target per row (-1 where the
+label is ignored) and the boundaries of S sequences. Rows without a target are never multiplied with anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -1
+"""Target of a row that takes no part, whatever the caller's ``ignore_index`` was."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Rows that carry a label, in order of their sequences."""
+
+    targets: Tensor
+    """(N_all,) int64: vocabulary index, or IGNORED."""
+    lengths: tuple[int, ...]
+    """Rows with a target in each of the S sequences."""
+    rows: Tensor | None
+    """(N,) int64: indices of the rows with a target; None where every row has one."""
+
+    @property
+    def num_rows(self) -> int:
+        """N: rows with a target."""
+        return sum(self.lengths)
+
+    def row_targets(self) -> Tensor:
+        """(N,) int64: the targets of the rows that have one."""
+        return self.targets if self.rows is None else self.targets.index_select(0, self.rows)
+
+
+def shift_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """Labels moved one position forward, so that position t predicts token t + 1 of the same sequence.
+
+    ``labels`` is (S, T), or (N_all,) with ``cu_seqlens`` (S + 1,). The last position of a sequence gets
+    ``ignore_index``.
+    """
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[..., :-1] = labels[..., 1:]
+    if cu_seqlens is not None:
+        num_rows = labels.shape[0]
+        is_boundary = torch.zeros(num_rows + 1, dtype=torch.bool, device=labels.device)
+        is_boundary[cu_seqlens.long().clamp(0, num_rows)] = True
+        shifted.masked_fill_(is_boundary[1:], ignore_index)
+    return shifted
+
+
+def resolve_layout(
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    vocab_size: int,
+    shift: bool,
+    ignore_index: int,
+) -> TokenLayout:
+    """Find the rows that carry a label. One copy to the host on a GPU, none on the CPU.
+
+    ``labels``: (S, T) or (N_all,) int64; a 1-dimensional tensor without ``cu_seqlens`` is one sequence.
+
+    Raises ValueError for boundaries that do not run from 0 to N_all without decreasing and, on the CPU, for a
+    label outside [0, vocab_size) that is not ``ignore_index``; on a GPU that is an asynchronous assertion.
+    """
+    targets = shift_labels(labels, cu_seqlens, ignore_index) if shift else labels
+    ignored = targets == ignore_index
+    check_label_range(targets, ignored, vocab_size)
+    targets = targets.masked_fill(ignored, IGNORED).flatten()
+    has_target = ignored.logical_not()
+    if cu_seqlens is None:
+        counts = has_target.sum(-1).reshape(-1).tolist()
+    else:
+        counts = _packed_counts(has_target, cu_seqlens)
+    num_rows = sum(counts)
+    all_rows = num_rows == targets.shape[0]
+    # nonzero_static needs no second wait for the device: the count is known by now.
+    rows = None if all_rows else torch.nonzero_static(has_target.flatten(), size=num_rows).flatten()
+    return TokenLayout(targets=targets, lengths=tuple(counts), rows=rows)
+
+
+def check_label_range(targets: Tensor, ignored: Tensor, vocab_size: int) -> None:
+    """Refuse labels outside [0, vocab_size): with value and position on the CPU, asynchronously on a GPU."""
+    bad = ((targets < 0) | (targets >= vocab_size)) & ignored.logical_not()
+    if targets.device.type != "cpu":
+        torch._assert_async(
+            bad.any().logical_not(), f"labels: a label lies outside [0, {vocab_size}) and is not ignore_index"
+        )
+    elif bad.any():
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        value = int(targets[position])
+        where = position[0] if len(position) == 1 else position
+        raise ValueError(
+            f"labels: expected ignore_index or a value in [0, {vocab_size}), got {value} at position {where}"
+        )
+
+
+def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:
+    num_rows = has_target.shape[0]
+    cumulative = torch.zeros(num_rows + 1, dtype=torch.int64, device=has_target.device)
+    torch.cumsum(has_target, 0, out=cumulative[1:])
+    bounds = cu_seqlens.long()
+    at_bounds = cumulative[bounds.clamp(0, num_rows)]
+    bounds_host, at_host = torch.stack([bounds, at_bounds]).tolist()
+    if bounds_host[0] != 0 or bounds_host[-1] != num_rows:
+        raise ValueError(
+            f"cu_seqlens: expected to begin at 0 and end at {num_rows} (rows of hidden), "
+            f"got {bounds_host[0]} and {bounds_host[-1]}"
+        )
+    for s, (begin, end) in enumerate(zip(bounds_host, bounds_host[1:], strict=False)):
+        if end < begin:
+            raise ValueError(f"cu_seqlens: expected non-decreasing values, got {begin} then {end} at index {s}")
+    return [end - begin for begin, end in zip(at_host, at_host[1:], strict=False)]
+
+
+def require_responses(lengths: tuple[int, ...]) -> None:
+    """Refuse sequences that cannot be P pairs of non-empty responses, naming the row that is wrong."""
+    if not lengths:
+        raise ValueError("labels: expected at least one pair (two sequences), got none")
+    if len(lengths) % 2:
+        raise ValueError(
+            f"labels: expected an even number of sequences (chosen rows, then rejected rows), got {len(lengths)}"
+        )
+    if not any(lengths):
+        raise ValueError("labels: expected at least one label that is not ignore_index, got none")
+    for s, length in enumerate(lengths):
+        if length == 0:
+            pairs = len(lengths) // 2
+            side = "chosen" if s < pairs else "rejected"
+            raise ValueError(
+                f"labels: expected every response to hold a label, got none in row {s} "
+                f"(the {side} response of pair {s % pairs})"
+            )

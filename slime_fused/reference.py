@@ -1,0 +1,211 @@
+"""The oracle: every public function in plain PyTorch, with the same signature.
+
+It materialises all logits and leaves the gradients to autograd, so it is also the naive baseline of every
+benchmark. It shares no code with the fused path: it checks little, drops no row and knows no plan. ``backend``,
+``workspace`` and the process groups are accepted and ignored. Any floating dtype; float64 is the truth of the tests.
+
+``upcast=False`` computes the log-softmax in the dtype of the logits, as the authors' trainer does under mixed
+precision; otherwise every reduction runs in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slime_fused.config import SlimeLossConfig
+from slime_fused.output import SlimeOutput
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    logit_softcap: float | None,
+    upcast: bool,
+) -> Tensor:
+    logits = F.linear(hidden, weight, bias)
+    if upcast and logits.dtype != torch.float64:
+        logits = logits.float()
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits
+
+
+def _shift(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    if cu_seqlens is None:
+        return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    bounds = cu_seqlens.tolist()
+    pieces = [labels[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return torch.cat([F.pad(p[1:], (0, 1), value=ignore_index) if len(p) else p for p in pieces])
+
+
+def _labels_of_sequences(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(mask of labelled tokens, cu_seqlens (S + 1,) int32 of those tokens alone)."""
+    mask = labels != ignore_index
+    if cu_seqlens is None:
+        counts = mask.reshape(-1, mask.shape[-1]).sum(1)
+    else:
+        bounds = cu_seqlens.tolist()
+        counts = torch.stack([mask[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)])
+    return mask, F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    upcast: bool = True,
+    **_ignored: Any,
+) -> Tensor:
+    """See `slime_fused.linear_logprobs`."""
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, upcast)
+    mask = labels != ignore_index
+    index = labels.masked_fill(~mask, 0).long()
+    logps = torch.log_softmax(logits, dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    if logps.dtype != torch.float64:
+        logps = logps.float()
+    # torch.where, not a product: an ignored row may hold an infinite log-prob.
+    return torch.where(mask, logps, torch.zeros_like(logps))
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    **options: Any,
+) -> Tensor:
+    """See `slime_fused.sequence_logprobs`."""
+    logps = linear_logprobs(
+        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
+    )
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    mask, bounds = _labels_of_sequences(labels, cu_seqlens, ignore_index)
+    pieces = torch.split(logps[mask], (bounds[1:] - bounds[:-1]).tolist())
+    return torch.stack([p.sum() if reduction == "sum" else p.sum() / max(len(p), 1) for p in pieces])
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    upcast: bool = True,
+    **_ignored: Any,
+) -> Tensor:
+    """See `slime_fused.linear_cross_entropy`."""
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, upcast)
+    return cross_entropy(
+        logits, labels, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index
+    )
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **_ignored: Any,
+) -> Tensor:
+    """See `slime_fused.cross_entropy`."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    flat = labels.reshape(-1).long()
+    rows = logits.reshape(-1, logits.shape[-1])
+    loss = F.cross_entropy(
+        rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    if z_loss:
+        loss = loss + torch.where(flat != ignore_index, z_loss * torch.logsumexp(rows, 1) ** 2, 0.0)
+    if reduction == "none":
+        return loss.reshape(labels.shape)
+    return loss.sum() / (flat != ignore_index).sum() if reduction == "mean" else loss.sum()
+
+
+def slime_terms(logp: Tensor, cu_seqlens: Tensor, config: SlimeLossConfig | None = None) -> SlimeOutput:
+    """See `slime_fused.slime_terms`; arXiv 2602.02383, eq. 5 to 10."""
+    c = config or SlimeLossConfig()
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    responses = torch.split(logp, lengths)
+    num_pairs = len(responses) // 2
+    chosen = torch.stack([r.mean() for r in responses[:num_pairs]])
+    rejected = torch.stack([r.mean() for r in responses[num_pairs:]])
+    margins = chosen - rejected
+    anchor = -c.lambda_w * chosen.mean()
+    hinge = torch.relu(c.margin_hard - margins)
+    margin_loss = (c.lambda_d * hinge * torch.sigmoid(-c.kappa * (margins - c.margin_soft))).mean()
+    penalties = [F.softplus(-r - c.delta) ** c.power for r in responses[num_pairs:]]
+    if c.stabilizer_reduction == "sequence":
+        stabilizer = c.lambda_l * torch.stack([p.mean() for p in penalties]).mean()
+    else:
+        stabilizer = c.lambda_l * torch.cat(penalties).mean()
+    return SlimeOutput(
+        loss=anchor + margin_loss + stabilizer,
+        anchor=anchor.detach(),
+        margin_loss=margin_loss.detach(),
+        stabilizer=stabilizer.detach(),
+        chosen_logps=chosen.detach(),
+        rejected_logps=rejected.detach(),
+    )
+
+
+def slime_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    config: SlimeLossConfig | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    **options: Any,
+) -> SlimeOutput:
+    """See `slime_fused.slime_loss`."""
+    logps = linear_logprobs(
+        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
+    )
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    mask, bounds = _labels_of_sequences(labels, cu_seqlens, ignore_index)
+    return slime_terms(logps[mask], bounds, config)
