@@ -1,0 +1,88 @@
+// Compiles CUDA C++ kernels with a host compiler and runs them on the CPU: a test instrument, never shipped.
+//
+// Included by csrc/cuda/launch.cuh in place of <cuda_runtime.h> where SF_CUDA_EMULATOR is defined. The
+// kernels' source is unchanged; only two things differ between the builds, both macros: the launch
+// (SF_LAUNCH) and the declaration of dynamic shared memory (SF_DYNAMIC_SMEM). The toolkit's own headers
+// supply the vector types and the host paths of bf16 and fp16 arithmetic.
+//
+// What it checks, and how:
+//   barriers, warp masks   the scheduler (scheduler.h) ends the launch and names the thread
+//   bounds, alignment      AddressSanitizer and UBSan see ordinary host memory
+//   races                  ThreadSanitizer sees one fiber per CUDA thread, ordered by barriers only
+//   uninitialised memory   dynamic shared memory begins as NaN in every block
+// What it cannot check: timing, the accuracy of approximate instructions (modelled as exact), races between
+// blocks (they run one after another), weak memory ordering, inline PTX, tensor cores, clusters.
+#pragma once
+
+#include <cuda_runtime_api.h>
+// After the runtime's types, which they use.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+#include <cassert>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "scheduler.h"
+
+// The language. The toolkit's headers define most of these for nvcc's eyes only.
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __constant__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __cluster_dims__
+#define __global__
+#define __device__
+#define __host__
+// Blocks run one at a time on one host thread, so one copy per kernel serves; thread_local would hide the
+// variable from AddressSanitizer.
+#define __shared__ static
+#define __constant__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __cluster_dims__(...)
+// Inlined frames lose their line in a sanitizer's report, and forcing it slows the instrumented build.
+#undef __forceinline__
+#define __forceinline__ inline
+#undef __noinline__
+
+#define threadIdx (::cuda_emulator::thread_index())
+#define blockIdx (::cuda_emulator::block_index())
+#define blockDim (::cuda_emulator::block_dim())
+#define gridDim (::cuda_emulator::grid_dim())
+constexpr int warpSize = 32;
+
+#define SF_LAUNCH(kernel, grid, block, smem_bytes, stream, ...) \
+  ::cuda_emulator::launch(#kernel, kernel, grid, block, smem_bytes, stream __VA_OPT__(, ) __VA_ARGS__)
+
+#define SF_DYNAMIC_SMEM(type, name) \
+  type* const name = static_cast<type*>(::cuda_emulator::dynamic_shared_memory())
+
+namespace cuda_emulator {
+
+// Runs a whole launch before it returns; every thread gets its own copy of the arguments, as on a GPU.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t, Arguments&&... arguments) {
+  const std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  const LaunchShape shape{grid, block, shared_bytes, reinterpret_cast<const void*>(kernel), name};
+  run_grid(shape, [&] { std::apply(kernel, std::tuple<std::remove_cvref_t<Parameters>...>(values)); });
+}
+
+}  // namespace cuda_emulator
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+#include "emulated_functions.h"
+#include "warp_functions.h"

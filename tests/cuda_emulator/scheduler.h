@@ -1,0 +1,87 @@
+// Runs the threads of one CUDA block as fibers on one host thread, and the blocks of a grid one after
+// another.
+//
+// A fiber runs until it parks: at a block barrier until every thread of the block is there, at a warp
+// collective until every lane of its mask is there. What a GPU would answer with a hang or with silent
+// nonsense (a barrier that some threads skip, a lane that is missing from its mask) ends the launch with a
+// DeviceError instead. Everything in this interface passes plain values: the bookkeeping is read and written
+// by uninstrumented code only, so that ThreadSanitizer sees the kernels' own accesses and nothing else.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+
+namespace cuda_emulator {
+
+using Site = std::source_location;
+
+// A kernel broke a rule. The message names the kernel, the thread, its block and the line.
+struct DeviceError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// The order in which threads that could run do run. `random` now and then lets one warp run ahead as far as
+// it can: shuffling alone rarely separates two warps far enough to expose a missing barrier.
+enum class Order { fixed, reversed, random };
+
+// Overrides CUDA_EMULATOR_SCHEDULE ("fixed", "reversed" or "random:SEED"), which is read at the first launch.
+void set_schedule(Order order, uint64_t seed);
+
+// Coordinates of the calling thread; constant while it lives.
+[[gnu::const]] uint3 thread_index();
+[[gnu::const]] uint3 block_index();
+[[gnu::const]] dim3 block_dim();
+[[gnu::const]] dim3 grid_dim();
+
+// The block's dynamic shared memory: 0xFF bytes (NaN in every float format) when the block begins.
+void* dynamic_shared_memory();
+
+enum class BarrierKind { plain, any, all, count };
+int block_barrier(BarrierKind kind, int predicate, const Site& site);
+
+enum class WarpOp {
+  sync,
+  shuffle_index,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  ballot,
+  match_any,
+  reduce_add,
+  reduce_min_unsigned,
+  reduce_max_unsigned,
+  reduce_min_signed,
+  reduce_max_signed,
+  reduce_and,
+  reduce_or,
+  reduce_xor,
+};
+
+// Parks until all lanes of `mask` have called with the same op and mask; the last one computes every result.
+// `parameter` is the shuffle's source lane, delta or lane mask, `width` its segment width.
+uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int parameter, int width,
+                         const Site& site);
+
+// Bits of the lanes of this warp that have not exited.
+uint32_t live_lanes();
+
+// Ends the launch; the fibers of the block are abandoned where they are.
+[[noreturn]] void fail_thread(const char* what);
+[[noreturn]] void fail_thread(const char* what, const Site& site);
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t dynamic_shared_bytes = 0;
+  const void* kernel = nullptr;  // the key under which cudaFuncSetAttribute stored its limit
+  const char* name = "";
+};
+
+// Runs body() once per thread. A shape that a GPU would refuse sets cudaGetLastError() instead.
+void run_grid(const LaunchShape& shape, const std::function<void()>& body);
+
+}  // namespace cuda_emulator
