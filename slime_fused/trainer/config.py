@@ -1,0 +1,134 @@
+"""Settings of a SLIME training run: `transformers.TrainingArguments` plus the loss, its execution and the data."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from slime_fused.config import SlimeLossConfig
+
+
+@dataclass
+class SlimeConfig(TrainingArguments):
+    """Settings of `SlimeTrainer`.
+
+    The loss's hyperparameters carry the names and defaults of `slime_fused.SlimeLossConfig` (the paper's).
+    ``per_device_train_batch_size`` counts pairs. Raises ValueError or TypeError for values the loss refuses.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many optimizer steps; below 1, that share of all steps."}
+    )
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Mixed precision in bfloat16. Unset: on where the GPU supports it, unless fp16 is on."},
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where to report metrics: none, tensorboard, wandb, trackio, ..."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Unused here: the trainer keeps exactly the columns it makes itself."}
+    )
+
+    lambda_w: float = field(
+        default=SlimeLossConfig.lambda_w, metadata={"help": "Weight of the likelihood anchor on chosen responses."}
+    )
+    lambda_l: float = field(
+        default=SlimeLossConfig.lambda_l, metadata={"help": "Weight of the token stabilizer on rejected responses."}
+    )
+    lambda_d: float = field(default=SlimeLossConfig.lambda_d, metadata={"help": "Weight of the dual-margin term."})
+    delta: float = field(
+        default=SlimeLossConfig.delta,
+        metadata={"help": "Shift of the stabilizer: rejected tokens less likely than about exp(-delta) are held up."},
+    )
+    margin_hard: float = field(
+        default=SlimeLossConfig.margin_hard,
+        metadata={"help": "Hard margin: pairs whose mean log-prob margin is above it no longer push."},
+    )
+    margin_soft: float = field(
+        default=SlimeLossConfig.margin_soft, metadata={"help": "Soft margin: centre of the sigmoid gate."}
+    )
+    kappa: float = field(default=SlimeLossConfig.kappa, metadata={"help": "Steepness of the sigmoid gate."})
+    power: float = field(default=SlimeLossConfig.power, metadata={"help": "Exponent of the stabilizer (p)."})
+    stabilizer_reduction: Literal["sequence", "token"] = field(
+        default=SlimeLossConfig.stabilizer_reduction,
+        metadata={
+            "help": "'sequence' (paper): mean over each rejected response, then over pairs. 'token' (authors' code): "
+            "one mean over all rejected tokens of the optimizer step, over accumulation steps and devices."
+        },
+    )
+
+    loss_impl: Literal["fused", "naive"] = field(
+        default="fused",
+        metadata={
+            "help": "'fused': never materialise the logits. 'naive': the model's own logits and autograd, to compare.",
+            "aliases": ["--loss"],
+        },
+    )
+    workspace: str = field(
+        default="auto",
+        metadata={"help": "Most that logits-shaped buffers may take: 'auto', bytes, or text such as 512MiB."},
+    )
+    backend: str = field(default="auto", metadata={"help": "Kernels to use: auto, cuda, triton, cpu or torch."})
+
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens of prompt and response together; unset: no limit."}
+    )
+    truncation: Literal["keep_start", "keep_end", "drop"] = field(
+        default="keep_start",
+        metadata={
+            "help": "What gives way when a row exceeds max_length. 'keep_start': the end of the response. 'keep_end': "
+            "the start of the prompt, then the end of the response. 'drop': the row. Rows that are left without a "
+            "response token are dropped and counted."
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this length."}
+    )
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout of the model, adapters included, to 0."}
+    )
+    check_head: bool = field(
+        default=True,
+        metadata={"help": "Before the first step, compare the fused log-probs with the model's own logits."},
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of from_pretrained where the model is given by name (JSON on a command line)."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_init_kwargs, str):
+            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = bool(on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False))
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 (one prompt and one response token), got {self.max_length}")
+        self.loss_config()
+        super().__post_init__()
+
+    def loss_config(self) -> SlimeLossConfig:
+        """The loss's hyperparameters as the validated, frozen value that the loss takes."""
+        return SlimeLossConfig(
+            lambda_w=self.lambda_w,
+            lambda_l=self.lambda_l,
+            lambda_d=self.lambda_d,
+            delta=self.delta,
+            margin_hard=self.margin_hard,
+            margin_soft=self.margin_soft,
+            kappa=self.kappa,
+            power=self.power,
+            stabilizer_reduction=self.stabilizer_reduction,
+        )
+
+    def workspace_limit(self) -> int | str:
+        """``workspace`` in the form the loss takes: a number of bytes, or text."""
+        return int(self.workspace) if str(self.workspace).isdigit() else self.workspace

@@ -1,0 +1,150 @@
+"""Datasets of preference pairs to batches: tokenised once, then collated as rows [chosen..., rejected...]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from slime_fused.trainer.config import SlimeConfig
+from slime_fused.trainer.formats import parse_pair
+from slime_fused.trainer.tokenization import tokenize_pair, truncate_pair
+
+logger = logging.get_logger(__name__)
+
+TOKEN_COLUMNS = ("chosen_ids", "chosen_prompt_length", "rejected_ids", "rejected_prompt_length")
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PairTokenizer:
+    """Maps one row to `TOKEN_COLUMNS` and a ``verdict``: "" to keep it, else why it is dropped."""
+
+    tokenizer: PreTrainedTokenizerBase
+    args: SlimeConfig
+    name: str
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no preference pair."""
+        pair = parse_pair(row, f"row {index} of the {self.name} dataset")
+        chosen, rejected, is_prefix = tokenize_pair(pair, self.tokenizer)
+        verdict = "" if is_prefix else "shifted"
+        if not (pair.chosen and pair.rejected) or min(chosen.num_targets, rejected.num_targets) < 1:
+            verdict = "empty"
+        else:
+            fitted = truncate_pair(chosen, rejected, self.args.max_length, self.args.truncation)
+            if fitted is None:
+                verdict = "long"
+            else:
+                chosen, rejected = fitted
+                if min(chosen.num_targets, rejected.num_targets) < 1:
+                    verdict = "cut"
+        return {
+            "chosen_ids": chosen.ids,
+            "chosen_prompt_length": chosen.prompt_length,
+            "rejected_ids": rejected.ids,
+            "rejected_prompt_length": rejected.prompt_length,
+            "verdict": verdict,
+        }
+
+
+_REASONS = {
+    "empty": "a response is empty",
+    "long": "longer than max_length={max_length}, and truncation='drop'",
+    "cut": "the prompt leaves no room for a response within max_length={max_length}",
+}
+
+
+def prepare_dataset(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SlimeConfig, name: str
+) -> Dataset | IterableDataset:
+    """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate.
+
+    Takes a `datasets.Dataset`, a streaming `datasets.IterableDataset` or any iterable of rows (which is read
+    whole). Rows without a response token are dropped; a map-style dataset logs how many and why. A dataset that
+    already has `TOKEN_COLUMNS` is used as it is.
+
+    Raises PreferenceFormatError for a row that is no preference pair, ValueError if no row is left, TypeError
+    for another kind of dataset.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, Iterable):
+            raise TypeError(f"{name}_dataset: expected a datasets.Dataset or an iterable of rows, got {type(dataset)}")
+        dataset = Dataset.from_list([dict(row) for row in dataset])
+    columns = dataset.column_names
+    if columns is not None and set(TOKEN_COLUMNS) <= set(columns):
+        return dataset
+    function = PairTokenizer(tokenizer, args, name)
+    if isinstance(dataset, IterableDataset):
+        tokens = dataset.map(function, with_indices=True, remove_columns=columns)
+        return tokens.filter(_is_kept).remove_columns("verdict")
+    if len(dataset) == 0:
+        raise ValueError(f"{name}_dataset: expected at least one pair, got an empty dataset")
+    tokens = dataset.map(
+        function,
+        with_indices=True,
+        remove_columns=columns,
+        num_proc=args.dataset_num_proc,
+        desc=f"Tokenising the {name} pairs",
+    )
+    verdicts = Counter(tokens["verdict"])
+    kept = tokens.filter(_is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} pairs")
+    _report(verdicts, len(kept), name, args.max_length)
+    return kept.remove_columns("verdict")
+
+
+def _is_kept(row: Mapping[str, Any]) -> bool:
+    return row["verdict"] in ("", "shifted")
+
+
+def _report(verdicts: Counter[str], num_kept: int, name: str, max_length: int | None) -> None:
+    total = sum(verdicts.values())
+    dropped = {
+        reason.format(max_length=max_length): verdicts[key] for key, reason in _REASONS.items() if verdicts[key]
+    }
+    detail = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
+    if num_kept == 0:
+        raise ValueError(f"{name}_dataset: none of its {total} pairs can be used: {detail}")
+    if dropped:
+        logger.warning(f"{name} dataset: dropped {total - num_kept} of {total} pairs: {detail}")
+    if verdicts["shifted"]:
+        logger.warning(
+            f"{name} dataset: in {verdicts['shifted']} of {total} pairs the prompt's tokens change when a response "
+            "follows them; the response then begins at the first token that differs"
+        )
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """Rows of `TOKEN_COLUMNS` to one batch of 2P sequences: the P chosen ones, then the P rejected ones."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels``: (2P, T) int64, padded on the right.
+
+        ``labels`` repeats the ids of the response and is -100 on the prompt and the padding.
+        """
+        sequences = [
+            (row[f"{kind}_ids"], row[f"{kind}_prompt_length"]) for kind in ("chosen", "rejected") for row in rows
+        ]
+        length = max(len(ids) for ids, _ in sequences)
+        if self.pad_to_multiple_of:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        for n, (ids, prompt_length) in enumerate(sequences):
+            tokens = torch.as_tensor(ids, dtype=torch.long)
+            input_ids[n, : len(ids)] = tokens
+            attention_mask[n, : len(ids)] = 1
+            labels[n, prompt_length : len(ids)] = tokens[prompt_length:]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,119 @@
+"""The preference formats that are understood, brought to one: prompt, chosen and rejected as text or as messages.
+
+Accepted rows::
+
+    {"prompt": str,      "chosen": str,      "rejected": str}            text
+    {"prompt": messages, "chosen": messages, "rejected": messages}       chat; a message is {"role", "content"}
+    {"chosen": str | messages, "rejected": str | messages}               the prompt is their common beginning
+    {"prompt": str, "chosen": messages, "rejected": messages}            as above; a prompt they do not repeat
+                                                                         becomes a user message
+
+Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+EXPECTED = "'chosen' and 'rejected', and usually 'prompt', each a text or a list of {role, content} messages"
+
+
+class PreferenceFormatError(ValueError):
+    """A row that is no preference pair; the message names the row, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One row in its common form. ``prompt``, ``chosen`` and ``rejected`` are all texts or all messages."""
+
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the pair consists of messages and needs a chat template."""
+        return not isinstance(self.chosen, str)
+
+
+def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
+    """The pair in ``row``. ``where`` names the row in errors ("line 3 of pairs.jsonl").
+
+    Raises PreferenceFormatError for missing columns, wrong types, texts mixed with messages, and responses that
+    do not differ although the prompt has to be taken from them.
+    """
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise PreferenceFormatError(f"{where}: expected {EXPECTED}; got {_describe_keys(row)}")
+    prompt = row.get("prompt")
+    prompt = None if prompt is None else _checked(prompt, "prompt", where)
+    chosen, rejected = (_checked(row[name], name, where) for name in ("chosen", "rejected"))
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise PreferenceFormatError(f"{where}: 'chosen' and 'rejected' must both be texts or both be messages")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is not None and not isinstance(prompt, str):
+            raise PreferenceFormatError(f"{where}: 'prompt' holds messages although the responses are texts")
+        if prompt is None:
+            prompt, chosen, rejected = _split_texts(chosen, rejected, where)
+        return PreferencePair(prompt, chosen, rejected)
+    assert not isinstance(chosen, str)
+    assert not isinstance(rejected, str)
+    if not isinstance(prompt, list):
+        prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, where)
+    kwargs = dict(row.get("chat_template_kwargs") or {})
+    if row.get("tools"):
+        kwargs["tools"] = row["tools"]
+    return PreferencePair(prompt, chosen, rejected, kwargs)
+
+
+def _describe_keys(row: Mapping[str, Any]) -> str:
+    present = [name for name, value in row.items() if value is not None]
+    return f"columns {sorted(present)}" if present else "no columns"
+
+
+def _checked(value: Any, name: str, where: str) -> str | Messages:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise PreferenceFormatError(f"{where}: {name!r} must be a text or a non-empty list of messages, got {value!r:.80}")
+    for message in value:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise PreferenceFormatError(
+                f"{where}: each message of {name!r} must have 'role' and 'content', got {message!r:.80}"
+            )
+    # Columnar storage fills the keys that only some messages have with None; chat templates test for presence.
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+
+
+def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    size = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    if chosen == rejected:
+        raise PreferenceFormatError(f"{where}: without a 'prompt', 'chosen' and 'rejected' must differ; they are equal")
+    # Most tokenizers glue a space to the word that follows it, so it belongs to the responses.
+    if size and chosen[size - 1] == " ":
+        size -= 1
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _split_messages(
+    prompt: str | None, chosen: Messages, rejected: Messages, where: str
+) -> tuple[Messages, Messages, Messages]:
+    size = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    if size == len(chosen) == len(rejected):
+        raise PreferenceFormatError(f"{where}: 'chosen' and 'rejected' hold the same messages; they must differ")
+    if size == 0:
+        if prompt is None:
+            raise PreferenceFormatError(f"{where}: no 'prompt', and 'chosen' and 'rejected' share no first message")
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    return chosen[:size], chosen[size:], rejected[size:]

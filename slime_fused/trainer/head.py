@@ -1,0 +1,170 @@
+"""Running a function of (hidden states, head weight, bias) inside the model's own `lm_head`.
+
+Fused losses need the head's weight, not its output. Reading ``model.lm_head.weight`` from outside goes wrong when
+the head is a unit of its own under FSDP or ZeRO-3: no hook gathers the weight, or none reduces its gradient. Here
+the call goes model -> decoder -> `lm_head.__call__`, so every hook that surrounds a plain forward surrounds the
+loss too, and what leaves the head is a dictionary of tensors, as those hooks expect.
+
+`attach_head` adds the keyword ``head_call`` to the model's forward and to the head's. Without it both behave as
+before: generation, saving and evaluation by other means are untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadCall(Protocol):
+    """What to do in the head. The result may hold tensors only, for the sake of sharding hooks."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """``hidden`` (S, T, D), ``weight`` (V, D), ``bias`` (V,) or None."""
+
+
+def attach_head(model: nn.Module) -> None:
+    """Let ``model(..., head_call=call)`` return ``call(hidden, weight, bias)``, plus ``aux_loss`` for a router's.
+
+    ``model`` is a causal language model of `transformers`, bare or wrapped by PEFT; attach after wrapping and
+    before the model is prepared for a device or sharded. A second call changes nothing.
+
+    Raises TypeError for a model without an output head, ValueError for a head that is no plain matrix product.
+    """
+    base = unwrap_peft(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        raise TypeError(f"model: expected a causal language model with an output head, got {type(base).__name__}")
+    for layer in _matrix_layers(head):
+        _check_layer(layer)
+        if "_slime_plain_forward" not in layer.__dict__:
+            _patch_layer(layer)
+    if "_slime_plain_forward" not in base.__dict__:
+        _patch_model(base)
+
+
+def unwrap_peft(model: nn.Module) -> Any:
+    """The `transformers` model inside a PEFT wrapper, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _matrix_layers(head: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward is the matrix product: behind modules_to_save there is one per adapter."""
+    if hasattr(head, "modules_to_save"):
+        yield from head.modules_to_save.values()
+        yield head.original_module
+    else:
+        yield head
+
+
+def _check_layer(layer: nn.Module) -> None:
+    if _is_lora(layer):
+        if getattr(layer, "lora_variant", None):
+            variants = sorted(type(v).__name__ for v in layer.lora_variant.values())
+            raise ValueError(
+                f"peft_config: the output head carries the LoRA variant {variants} (DoRA and the like), whose "
+                "weight is no sum of two matrices; take the head out of target_modules, or use plain LoRA there"
+            )
+    elif not hasattr(layer, "token_adapter") and not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"model: expected an output head that is a torch.nn.Linear, got {type(layer).__name__}; "
+            "train with loss_impl='naive'"
+        )
+    weight = layer.get_base_layer().weight if _is_lora(layer) else layer.weight
+    if weight.ndim != 2 and weight.numel() or not weight.is_floating_point():
+        raise ValueError(
+            f"model: expected an output head with a floating-point matrix, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}; exclude the head from quantisation"
+        )
+
+
+def _patch_layer(layer: nn.Module) -> None:
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
+        if head_call is None:
+            return plain(hidden, *args, **kwargs)
+        return head_call(hidden, *head_parameters(self))
+
+    layer._slime_plain_forward = plain
+    layer.forward = types.MethodType(forward, layer)
+
+
+def _patch_model(base: Any) -> None:
+    plain = base.forward
+
+    # The signature stays visible: generation and the base trainer inspect it.
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
+        if head_call is None:
+            return plain(*args, **kwargs)
+        kwargs.pop("labels", None)
+        routed = bool(getattr(self.config.get_text_config(), "output_router_logits", False))
+        if routed:
+            kwargs["output_router_logits"] = True
+        outputs = self.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+        result = self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
+        return result | {"aux_loss": _router_loss(self, outputs, kwargs.get("attention_mask"))} if routed else result
+
+    base._slime_plain_forward = plain
+    base.forward = types.MethodType(forward, base)
+
+
+def head_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """(weight (V, D), bias (V,) or None) that the forward of ``layer`` multiplies with, adapters included.
+
+    A LoRA layer gives ``W + scaling * B A``, differentiable in A and B; it costs one more matrix of W's size.
+    Raises ValueError where no such matrix exists: LoRA dropout, an adapter bias, a tensor-parallel weight.
+    """
+    if _is_lora(layer):
+        base = layer.get_base_layer()
+        weight, bias = base.weight, base.bias
+        adapters = [] if layer.merged or layer.disable_adapters else layer.active_adapters
+        for name in adapters:
+            if name not in layer.lora_A:
+                continue
+            dropout = layer.lora_dropout[name]
+            if layer.training and getattr(dropout, "p", 0.0) > 0.0:
+                raise ValueError(
+                    f"peft_config: lora_dropout={dropout.p} on the output head cannot be fused; "
+                    "set lora_dropout=0 or disable_dropout=True"
+                )
+            if layer.lora_bias.get(name):
+                raise ValueError("peft_config: lora_bias=True on the output head is not supported; set it to False")
+            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    else:
+        weight = layer.weight
+        # PEFT's wrapper for trainable tokens multiplies without a bias and answers no question about one.
+        bias = None if hasattr(layer, "token_adapter") else layer.bias
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "model: the head's weight is a DTensor during its own forward (tensor parallelism), which this trainer "
+            "does not support; leave lm_head out of the tensor-parallel plan"
+        )
+    return weight, bias
+
+
+def _is_lora(layer: nn.Module) -> bool:
+    return hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")
+
+
+def _router_loss(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss of a mixture-of-experts model, weighted as its own forward weighs it."""
+    balance = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    config = base.config.get_text_config()
+    coefficient = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+    if balance is None or coefficient is None:
+        raise ValueError(
+            f"model: output_router_logits is set, but {type(base).__name__} has no load-balancing loss that is known "
+            "here; set config.output_router_logits=False to train without it"
+        )
+    num_experts = getattr(base, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
+    per_token = getattr(base, "num_experts_per_tok", None) or config.num_experts_per_tok
+    loss = balance(outputs.router_logits, num_experts, per_token, attention_mask)
+    return float(coefficient) * torch.as_tensor(loss)

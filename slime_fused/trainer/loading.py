@@ -1,0 +1,51 @@
+"""Models from a folder, a hub name or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal language model in a folder, under a hub name or in a ``.gguf`` file.
+
+    A GGUF file is dequantised to float32 unless ``dtype`` says otherwise, and the result is an ordinary model that
+    can be trained and saved. Raises FileNotFoundError for a path that does not exist.
+    """
+    path = Path(name)
+    if path.suffix != ".gguf":
+        _check_exists(path, name)
+        return AutoModelForCausalLM.from_pretrained(str(name), **{"dtype": torch.float32, **options})
+    if not path.is_file():
+        raise FileNotFoundError(f"model: no such file: {path}")
+    options = {"dtype": torch.float32, **options}
+    loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+    # A model read from GGUF still counts as quantised and refuses to be saved; its weights no longer are.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model `load_model` finds under ``name``."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer: no such file: {path}")
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    _check_exists(path, name)
+    return AutoTokenizer.from_pretrained(str(name))
+
+
+def _check_exists(path: Path, name: str | Path) -> None:
+    """Refuse what is clearly meant as a path: the hub's own message would speak of a repository id."""
+    looks_like_path = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(f"model: no such folder: {path}")
