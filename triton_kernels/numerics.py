@@ -1,0 +1,132 @@
+# ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
+"""Device functions shared by the kernels: the head transform, the online softmax and stable special functions.
+
+    y = scale * (raw + bias),   z = y  or  softcap * tanh(y / softcap)
+    dz/draw = scale * (1 - tanh(y / softcap)^2)
+    d(token loss)/dz_v = (1 - eps) * (p_v - [v = label]) + eps * (p_v - 1/V) + 2 * z_loss * lse * p_v
+
+Everything is float32. Only `tl` operations are used (no libdevice), so the same source compiles for NVIDIA and AMD
+and runs in Triton's interpreter. Exponentials are base 2, the only one the hardware has.
+
+`-inf` is a legal logit (a masked token). A maximum of `-inf` is therefore replaced by 0 before it is subtracted
+(`finite_shift`): exp2(-inf - 0) is 0, whereas exp2(-inf - -inf) would be NaN. NaN inputs do reach the results.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def exp(x):
+    """exp(x); 0 at -inf."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0 (a log-probability) without cancellation near 0.
+
+    Above -0.5 the series to x^9: the first term left out is 5e-10 of the result. Below, 1 - exp(x) >= 0.39 keeps
+    the error of the subtraction under 2 ulp.
+    """
+    series = 1.0 / 40320 + x * (1.0 / 362880)
+    series = 1.0 / 5040 + x * series
+    series = 1.0 / 720 + x * series
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series
+    series = x * (1.0 + x * series)
+    return tl.where(x > -0.5, series, exp(x) - 1.0)
+
+
+@triton.jit
+def log1p_unit(t):
+    """log(1 + t) for t in [0, 1]: log(w) * t / (w - 1), w = 1 + t rounded, undoes the rounding of w."""
+    w = 1.0 + t
+    is_tiny = w == 1.0
+    return tl.where(is_tiny, t, tl.log(w) * (t / tl.where(is_tiny, 1.0, w - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) for any x."""
+    return tl.maximum(x, 0.0) + log1p_unit(exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); exactly 0 and 1 at the infinities."""
+    return 1.0 / (1.0 + exp(-x))
+
+
+@triton.jit
+def nonnegative_power(x, exponent):
+    """x^exponent for x >= 0, exponent >= 0, with 0^0 = 1."""
+    return tl.where(exponent == 0.0, 1.0, tl.exp2(exponent * tl.log2(x)))
+
+
+@triton.jit
+def softcap_tanh(x):
+    """tanh(x) and 1 - tanh(x)^2, both to a few ulp for every x, infinities included."""
+    t = exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - t) / (1.0 + t)
+    x2 = x * x
+    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    # (1 - t) cancels for small x: below 1/4 the series is exact to 1e-8.
+    value = tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -quotient, quotient))
+    return value, 4.0 * t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
+def head_logit(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z of a raw product with its bias already added."""
+    z = raw * scale
+    if HAS_SOFTCAP:
+        tanh, _ = softcap_tanh(z / softcap)
+        z = softcap * tanh
+    return z
+
+
+@triton.jit
+def head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/draw of a raw product with its bias already added."""
+    z = raw * scale
+    slope = tl.zeros_like(z) + scale
+    if HAS_SOFTCAP:
+        tanh, tanh_slope = softcap_tanh(z / softcap)
+        z = softcap * tanh
+        slope = slope * tanh_slope
+    return z, slope
+
+
+@triton.jit
+def finite_shift(maximum):
+    """The maximum to subtract before exponentials: itself, or 0 where nothing but -inf has been seen."""
+    return tl.where(maximum == NEG_INF, 0.0, maximum)
+
+
+@triton.jit
+def merge_softmax(max_a, sum_a, max_b, sum_b):
+    """The (max, sum of exp(z - max)) of two disjoint sets of columns. Exact where one of them is empty."""
+    maximum = tl.maximum(max_a, max_b)
+    shift = finite_shift(maximum)
+    return maximum, sum_a * exp(max_a - shift) + sum_b * exp(max_b - shift)
+
+
+@triton.jit
+def token_residual(z, slope, is_label, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS: tl.constexpr):
+    """d(token loss)/d(raw logit) of one block.
+
+    The label's p - 1 comes from expm1(logp): subtracting 1 from a rounded p loses everything for a likely token.
+    """
+    p = exp(z - lse)
+    residual = tl.where(is_label, expm1(logp), p)
+    if HAS_EXTRAS:
+        residual = (1.0 - label_smoothing) * residual + label_smoothing * (p - inv_vocab) + 2.0 * z_loss * lse * p
+    return residual * slope

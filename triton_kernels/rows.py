@@ -1,0 +1,383 @@
+# ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
+"""Row kernels: softmax statistics and the residual of one row of logits at a time.
+
+    lse = log sum_v exp z_v,   logp = z_label - lse
+    residual_v = d(token loss)/d(raw logit_v)      (`numerics.token_residual`; softmax - onehot in the plain case)
+
+| tensor | shape | dtype | |
+|---|---|---|---|
+| logits | [M, V], rows `logits_stride` apart | f32, bf16, f16 | read; once or twice |
+| out | [M, V], rows `out_stride` apart, may be logits | dtype of logits | written |
+| labels | [M] | i64 | read; negative = ignored row |
+| bias | [V] or None | dtype of logits | read |
+| lse, logp, loss, row_max, row_sum, label_logit, logit_sum, row_scale | [M] | f32 | |
+
+Accumulation: float32. Bytes moved for M x V logits of b bytes: `softmax_residual` 2 b M V from memory while a row
+stays in L2 between its two visits (3 b M V otherwise), `logits_stats` b M V, `residual_from_stats` 2 b M V.
+
+Limits: rows whose pitch is not a multiple of 16 elements are read element by element (correct, several times
+slower): give the logits buffer such a pitch. Deterministic: one program owns a row, no atomics.
+Model: online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .configs import CHECKED_LAUNCH, ROW_CONFIG, STREAM_CONFIG, RowConfig
+from .numerics import (
+    NEG_INF,
+    exp,
+    finite_shift,
+    head_logit,
+    head_logit_and_slope,
+    merge_softmax,
+    token_residual,
+)
+
+
+@triton.jit
+def load_raw(row, bias, cols, V, HAS_BIAS: tl.constexpr):
+    """raw + bias of one block of columns in float32; -inf past the end of the row."""
+    raw = tl.load(row + cols, mask=cols < V, other=NEG_INF).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)
+    return raw
+
+
+@triton.jit
+def load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of one column; unspecified where `is_here` is false (nothing is read then)."""
+    raw = tl.load(row + column, mask=is_here, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias + column, mask=is_here, other=0.0).to(tl.float32)
+    return head_logit(raw, scale, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def row_statistics(
+    row,
+    bias,
+    V,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANT_LOGIT_SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(max z, sum exp(z - max), sum z) of one row.
+
+    The sums stay one per lane until the end, so that a block of columns costs one reduction (its maximum), not two.
+    """
+    row_max = tl.full([], NEG_INF, tl.float32)
+    lane_sums = tl.zeros([BLOCK], tl.float32)
+    lane_logit_sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = head_logit(load_raw(row, bias, cols, V, HAS_BIAS), scale, softcap, HAS_SOFTCAP)
+        if HAS_SOFTCAP:
+            z = tl.where(cols < V, z, NEG_INF)  # the cap turned the tail's -inf into -softcap
+        new_max = tl.maximum(row_max, tl.max(z, 0))
+        shift = finite_shift(new_max)
+        lane_sums = lane_sums * exp(row_max - shift) + exp(z - shift)
+        row_max = new_max
+        if WANT_LOGIT_SUM:
+            lane_logit_sums += tl.where(cols < V, z, 0.0)
+    return row_max, tl.sum(lane_sums, 0), tl.sum(lane_logit_sums, 0)
+
+
+@triton.jit
+def softmax_residual_kernel(
+    logits,  # [M, V]
+    out,  # [M, V]
+    labels,  # [M]
+    bias,  # [V]
+    lse_out,  # [M]
+    logp_out,  # [M]
+    loss_out,  # [M]
+    logits_stride,
+    out_stride,
+    V,
+    scale,
+    softcap,
+    label_smoothing,
+    z_loss,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_EXTRAS: tl.constexpr,
+    HAS_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row: statistics on the first visit, the residual on the second."""
+    m = tl.program_id(0).to(tl.int64)
+    row = logits + m * logits_stride
+    out_row = out + m * out_stride
+    label = tl.load(labels + m)
+
+    if label < 0:
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            tl.store(out_row + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
+        tl.store(lse_out + m, 0.0)
+        tl.store(logp_out + m, 0.0)
+        if HAS_LOSS:
+            tl.store(loss_out + m, 0.0)
+    else:
+        tl.device_assert(label < V, "label is outside [0, vocabulary)")
+        # Read before the first visit: its reductions are the barriers that keep this ahead of the in-place writes.
+        label_logit = load_label_logit(row, bias, label, label < V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+        row_max, row_sum, logit_sum = row_statistics(
+            row, bias, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_EXTRAS and HAS_LOSS, BLOCK
+        )
+        shift = finite_shift(row_max)
+        log_sum = tl.log(row_sum)
+        lse = shift + log_sum
+        # Not label_logit - lse: that would carry the rounding of lse, an error of the size of a likely token's logp.
+        logp = (label_logit - shift) - log_sum
+        inv_vocab = 1.0 / V
+        column = label.to(tl.int32)
+        tl.store(lse_out + m, lse)
+        tl.store(logp_out + m, logp)
+        if HAS_LOSS:
+            loss = -logp
+            if HAS_EXTRAS:
+                loss = (1.0 - label_smoothing) * loss + z_loss * lse * lse
+                # A -inf logit makes the mean -inf: it may count only where smoothing is on.
+                if label_smoothing != 0.0:
+                    loss += label_smoothing * (lse - logit_sum * inv_vocab)
+            tl.store(loss_out + m, loss)
+
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            raw = load_raw(row, bias, cols, V, HAS_BIAS)
+            z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
+            residual = token_residual(
+                z, slope, cols == column, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS
+            )
+            tl.store(out_row + cols, residual.to(out.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def logits_stats_kernel(
+    logits,  # [M, V]
+    labels,  # [M]
+    bias,  # [V]
+    row_max_out,  # [M]
+    row_sum_out,  # [M]
+    label_logit_out,  # [M]
+    logit_sum_out,  # [M]
+    logits_stride,
+    V,
+    col_offset,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_LOGIT_SUM: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per row: statistics of the columns [col_offset, col_offset + V) of the vocabulary."""
+    m = tl.program_id(0).to(tl.int64)
+    row = logits + m * logits_stride
+    label = tl.load(labels + m)
+    column = label - col_offset
+    is_here = (label >= 0) & (column >= 0) & (column < V)
+    label_logit = load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    label_logit = tl.where(is_here, label_logit, 0.0)
+    row_max, row_sum, logit_sum = row_statistics(
+        row, bias, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_LOGIT_SUM, BLOCK
+    )
+    if MERGE:
+        row_max, row_sum = merge_softmax(tl.load(row_max_out + m), tl.load(row_sum_out + m), row_max, row_sum)
+        label_logit += tl.load(label_logit_out + m)
+        if HAS_LOGIT_SUM:
+            logit_sum += tl.load(logit_sum_out + m)
+    tl.store(row_max_out + m, row_max)
+    tl.store(row_sum_out + m, row_sum)
+    tl.store(label_logit_out + m, label_logit)
+    if HAS_LOGIT_SUM:
+        tl.store(logit_sum_out + m, logit_sum)
+
+
+@triton.jit
+def residual_from_stats_kernel(
+    logits,  # [M, V]
+    out,  # [M, V]
+    labels,  # [M]
+    bias,  # [V]
+    lse_in,  # [M]
+    logp_in,  # [M]
+    row_scale,  # [M]
+    logits_stride,
+    out_stride,
+    V,
+    col_offset,
+    vocab_size,
+    scale,
+    softcap,
+    label_smoothing,
+    z_loss,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_EXTRAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per block of a row: the statistics are known, so blocks of a row need not meet."""
+    blocks = tl.cdiv(V, BLOCK)
+    m = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    out_block = out + m * out_stride + cols
+    label = tl.load(labels + m)
+
+    if label < 0:
+        tl.store(out_block, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
+    else:
+        tl.device_assert(label < vocab_size, "label is outside [0, vocabulary)")
+        raw = load_raw(logits + m * logits_stride, bias, cols, V, HAS_BIAS)
+        z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
+        if HAS_ROW_SCALE:
+            slope *= tl.load(row_scale + m)
+        residual = token_residual(
+            z,
+            slope,
+            cols == (label - col_offset).to(tl.int32),
+            tl.load(lse_in + m),
+            tl.load(logp_in + m),
+            label_smoothing,
+            z_loss,
+            1.0 / vocab_size,
+            HAS_EXTRAS,
+        )
+        tl.store(out_block, residual.to(out.dtype.element_ty), mask=cols < V)
+
+
+def softmax_residual(
+    logits: Any,  # [M, V]
+    out: Any,  # [M, V]
+    labels: Any,  # [M]
+    bias: Any,  # [V] or None
+    lse: Any,  # [M]
+    logp: Any,  # [M]
+    loss: Any,  # [M] or None
+    *,
+    scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    config: RowConfig = ROW_CONFIG,
+) -> None:
+    """Launch `softmax_residual_kernel`; M > 0."""
+    softmax_residual_kernel[(logits.shape[0],)](
+        logits,
+        out,
+        labels,
+        bias,
+        lse,
+        logp,
+        loss,
+        logits.stride(0),
+        out.stride(0),
+        logits.shape[1],
+        scale,
+        softcap or 0.0,
+        label_smoothing,
+        z_loss,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
+        HAS_LOSS=loss is not None,
+        BLOCK=config.block_for(logits.shape[1]),
+        num_warps=config.num_warps,
+        **CHECKED_LAUNCH,
+    )
+
+
+def logits_stats(
+    logits: Any,  # [M, V]
+    labels: Any,  # [M]
+    bias: Any,  # [V] or None
+    row_max: Any,  # [M]
+    row_sum: Any,  # [M]
+    label_logit: Any,  # [M]
+    logit_sum: Any,  # [M] or None
+    *,
+    scale: float,
+    softcap: float | None,
+    col_offset: int,
+    merge: bool,
+    config: RowConfig = ROW_CONFIG,
+) -> None:
+    """Launch `logits_stats_kernel`; M > 0."""
+    logits_stats_kernel[(logits.shape[0],)](
+        logits,
+        labels,
+        bias,
+        row_max,
+        row_sum,
+        label_logit,
+        logit_sum,
+        logits.stride(0),
+        logits.shape[1],
+        col_offset,
+        scale,
+        softcap or 0.0,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_LOGIT_SUM=logit_sum is not None,
+        MERGE=merge,
+        BLOCK=config.block_for(logits.shape[1]),
+        num_warps=config.num_warps,
+    )
+
+
+def residual_from_stats(
+    logits: Any,  # [M, V]
+    out: Any,  # [M, V]
+    labels: Any,  # [M]
+    bias: Any,  # [V] or None
+    lse: Any,  # [M]
+    logp: Any,  # [M]
+    row_scale: Any,  # [M] or None
+    *,
+    scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    col_offset: int,
+    vocab_size: int,
+    config: RowConfig = STREAM_CONFIG,
+) -> None:
+    """Launch `residual_from_stats_kernel`; M > 0."""
+    rows, cols = logits.shape
+    block = config.block_for(cols)
+    residual_from_stats_kernel[(rows * triton.cdiv(cols, block),)](
+        logits,
+        out,
+        labels,
+        bias,
+        lse,
+        logp,
+        row_scale,
+        logits.stride(0),
+        out.stride(0),
+        cols,
+        col_offset,
+        vocab_size,
+        scale,
+        softcap or 0.0,
+        label_smoothing,
+        z_loss,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
+        HAS_ROW_SCALE=row_scale is not None,
+        BLOCK=block,
+        num_warps=config.num_warps,
+        **CHECKED_LAUNCH,
+    )
