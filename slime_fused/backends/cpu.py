@@ -1,0 +1,265 @@
+"""The CPU backend: tensors become addresses for the native kernels of ``csrc/cpu``, nothing more.
+
+The kernels work on float32, bfloat16, float16 and float64 with float32 (float64) accumulation, use as many
+threads as PyTorch is set to, and give the same bits for any number of them.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .base import HeadTransform, SlimeWeights, TokenLoss, acc_dtype
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # slime_fused::DType
+
+_C: ModuleType | None
+try:
+    from slime_fused import _C
+except ImportError as error:
+    _C = None
+    _import_error = str(error)
+
+
+def _native() -> ModuleType:
+    """The CPU half of the extension module; RuntimeError with the reason where it was not built."""
+    if _C is None:
+        raise RuntimeError(CpuBackend().available()[1])
+    return _C.cpu  # type: ignore[no-any-return]
+
+
+def _matrix(name: str, tensor: Tensor, dtype: torch.dtype | None = None, shape: torch.Size | None = None) -> int:
+    """Check a (M, V) tensor with contiguous columns and return its row stride in elements."""
+    if tensor.dim() != 2 or (shape is not None and tensor.shape != shape):
+        expected = "(M, V)" if shape is None else tuple(shape)
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype and (dtype is not None or tensor.dtype not in _DTYPE_CODES):
+        raise TypeError(f"{name}: expected dtype {dtype or sorted(map(str, _DTYPE_CODES))}, got {tensor.dtype}")
+    rows, cols = tensor.shape
+    if cols > 1 and tensor.stride(1) != 1:
+        raise ValueError(f"{name}: expected contiguous columns (stride(1) == 1), got strides {tensor.stride()}")
+    return tensor.stride(0) if rows > 1 else cols
+
+
+def _vector(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> int:
+    """Check a contiguous (size,) tensor and return its address; 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.shape != (size,):
+        raise ValueError(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if size > 1 and tensor.stride(0) != 1:
+        raise ValueError(f"{name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
+    return tensor.data_ptr()
+
+
+def _segments(cu_seqlens: Tensor, values: Tensor) -> int:
+    """Check the offsets (S + 1,) int32 and the dtype of the values they cut; return S."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"values: expected float32 or float64, got {values.dtype}")
+    return cu_seqlens.numel() - 1
+
+
+class CpuBackend:
+    """Kernels for CPU tensors; the methods are those of :class:`slime_fused.backends.base.Backend`."""
+
+    name = "cpu"
+
+    def available(self) -> tuple[bool, str]:
+        """Whether the native module was built; if not, why not and how to build it."""
+        if _C is not None:
+            return True, ""
+        return False, (
+            f"the native module slime_fused._C cannot be imported ({_import_error}); build it with `pip install .` "
+            "or, in a source tree, `cmake -S . -B build -G Ninja && cmake --build build`"
+        )
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        """Whether tensors of this device and dtype can be passed; if not, what can."""
+        if device.type != "cpu":
+            return False, f"the cpu backend takes cpu tensors, got {device}"
+        if dtype not in _DTYPE_CODES:
+            return False, f"the cpu backend takes float32, bfloat16, float16 and float64, got {dtype}"
+        return True, ""
+
+    def softmax_residual(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        head: HeadTransform,
+        token_loss: TokenLoss,
+        *,
+        lse: Tensor,
+        logp: Tensor,
+        loss: Tensor | None,
+    ) -> None:
+        """See :meth:`Backend.softmax_residual`."""
+        rows, cols = logits.shape
+        acc = acc_dtype(logits.dtype)
+        _native().softmax_residual(
+            logits=logits.data_ptr(),
+            out=out.data_ptr(),
+            rows=rows,
+            cols=cols,
+            logits_stride=_matrix("logits", logits),
+            out_stride=_matrix("out", out, logits.dtype, logits.shape),
+            dtype=_DTYPE_CODES[logits.dtype],
+            labels=_vector("labels", labels, rows, torch.int64),
+            bias=_vector("bias", bias, cols, logits.dtype),
+            scale=head.scale,
+            softcap=head.softcap or 0.0,
+            label_smoothing=token_loss.label_smoothing,
+            z_loss=token_loss.z_loss,
+            lse=_vector("lse", lse, rows, acc),
+            logp=_vector("logp", logp, rows, acc),
+            loss=_vector("loss", loss, rows, acc),
+            num_threads=torch.get_num_threads(),
+        )
+
+    def logits_stats(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        head: HeadTransform,
+        *,
+        col_offset: int,
+        row_max: Tensor,
+        row_sum: Tensor,
+        label_logit: Tensor,
+        logit_sum: Tensor | None,
+        merge: bool,
+    ) -> None:
+        """See :meth:`Backend.logits_stats`."""
+        rows, cols = logits.shape
+        acc = acc_dtype(logits.dtype)
+        _native().logits_stats(
+            logits=logits.data_ptr(),
+            rows=rows,
+            cols=cols,
+            logits_stride=_matrix("logits", logits),
+            col_offset=col_offset,
+            dtype=_DTYPE_CODES[logits.dtype],
+            labels=_vector("labels", labels, rows, torch.int64),
+            bias=_vector("bias", bias, cols, logits.dtype),
+            scale=head.scale,
+            softcap=head.softcap or 0.0,
+            row_max=_vector("row_max", row_max, rows, acc),
+            row_sum=_vector("row_sum", row_sum, rows, acc),
+            label_logit=_vector("label_logit", label_logit, rows, acc),
+            logit_sum=_vector("logit_sum", logit_sum, rows, acc),
+            merge=merge,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def residual_from_stats(
+        self,
+        logits: Tensor,
+        out: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        head: HeadTransform,
+        token_loss: TokenLoss,
+        *,
+        col_offset: int,
+        vocab_size: int,
+        lse: Tensor,
+        logp: Tensor,
+        row_scale: Tensor | None,
+    ) -> None:
+        """See :meth:`Backend.residual_from_stats`."""
+        rows, cols = logits.shape
+        acc = acc_dtype(logits.dtype)
+        _native().residual_from_stats(
+            logits=logits.data_ptr(),
+            out=out.data_ptr(),
+            rows=rows,
+            cols=cols,
+            logits_stride=_matrix("logits", logits),
+            out_stride=_matrix("out", out, logits.dtype, logits.shape),
+            col_offset=col_offset,
+            vocab_size=vocab_size,
+            dtype=_DTYPE_CODES[logits.dtype],
+            labels=_vector("labels", labels, rows, torch.int64),
+            bias=_vector("bias", bias, cols, logits.dtype),
+            scale=head.scale,
+            softcap=head.softcap or 0.0,
+            label_smoothing=token_loss.label_smoothing,
+            z_loss=token_loss.z_loss,
+            lse=_vector("lse", lse, rows, acc),
+            logp=_vector("logp", logp, rows, acc),
+            row_scale=_vector("row_scale", row_scale, rows, acc),
+            num_threads=torch.get_num_threads(),
+        )
+
+    def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
+        """See :meth:`Backend.segment_sum`."""
+        segments, tokens = _segments(cu_seqlens, values), values.numel()
+        _native().segment_sum(
+            values=_vector("values", values, tokens, values.dtype),
+            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            segments=segments,
+            tokens=tokens,
+            out=_vector("out", out, segments, values.dtype),
+            dtype=_DTYPE_CODES[values.dtype],
+            mean=mean,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def segment_sum_backward(self, d_out: Tensor, cu_seqlens: Tensor, d_values: Tensor, *, mean: bool) -> None:
+        """See :meth:`Backend.segment_sum_backward`."""
+        segments, tokens = _segments(cu_seqlens, d_values), d_values.numel()
+        _native().segment_sum_backward(
+            d_out=_vector("d_out", d_out, segments, d_values.dtype),
+            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            segments=segments,
+            tokens=tokens,
+            d_values=_vector("d_values", d_values, tokens, d_values.dtype),
+            dtype=_DTYPE_CODES[d_values.dtype],
+            mean=mean,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def slime_terms(
+        self,
+        logp: Tensor,
+        cu_seqlens: Tensor,
+        weights: SlimeWeights,
+        *,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        anchor: Tensor,
+        margin_loss: Tensor,
+        stabilizer: Tensor,
+        d_logp: Tensor | None,
+    ) -> None:
+        """See :meth:`Backend.slime_terms`."""
+        segments, tokens, acc = _segments(cu_seqlens, logp), logp.numel(), logp.dtype
+        pairs = segments // 2
+        _native().slime_terms(
+            logp=_vector("logp", logp, tokens, acc),
+            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            segments=segments,
+            tokens=tokens,
+            dtype=_DTYPE_CODES[acc],
+            chosen_logps=_vector("chosen_logps", chosen_logps, pairs, acc),
+            rejected_logps=_vector("rejected_logps", rejected_logps, pairs, acc),
+            anchor=_vector("anchor", anchor, pairs, acc),
+            margin_loss=_vector("margin_loss", margin_loss, pairs, acc),
+            stabilizer=_vector("stabilizer", stabilizer, pairs, acc),
+            d_logp=_vector("d_logp", d_logp, tokens, acc),
+            num_threads=torch.get_num_threads(),
+            **vars(weights),
+        )
+
+    def scale_(self, tensor: Tensor, factor: Tensor) -> None:
+        """See :meth:`Backend.scale_`."""
+        if factor.item() != 1.0:
+            tensor.mul_(factor.to(tensor.dtype))
