@@ -1,0 +1,127 @@
+"""The CPU benchmark: `python -m bench.cpu [--quick] [--out DIR]`.
+
+Time: contestants interleaved in one process per case, medians. Memory: the resident high-water mark, one process
+per contestant. Errors: every contestant against float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench.cases import ALL_CASES, CPU_CASES, CPU_MEMORY_CASE, QUICK_CASES, Case
+from bench.registry import CONTESTANTS
+from bench.report import format_rows
+from bench.results import FAILED, RESULTS, Row, describe_machine, machine_slug, write_run
+from bench.runner import CPU_PROTOCOL, MEMORY_PROTOCOL, Protocol, run_case
+from bench.worker import Job, run_job
+
+# Minutes, not hours: a process that takes longer than this on one case has hung or is swapping.
+_PROCESS_LIMIT_S = 1200.0
+
+_ALL = (
+    "products",
+    "slime_fused",
+    "naive",
+    "naive-cross-entropy",
+    "naive-no-upcast",
+    "naive-compiled",
+    "torch-linear-ce",
+    "slime_fused-logps",
+)
+_MEAN = ("ce-slime_fused", "ce-naive", "ce-torch-linear")
+_FEW = ("products", "slime_fused", "naive", "naive-no-upcast")
+_MEMORY = ("slime_fused", "slime_fused-logps", "naive", "naive-cross-entropy", "torch-linear-ce")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One case, who runs it, and whether its time or its memory is taken."""
+
+    case: Case
+    contestants: tuple[str, ...]
+    protocol: Protocol
+
+
+def default_batches() -> tuple[Batch, ...]:
+    """The whole CPU benchmark."""
+    few = replace(CPU_PROTOCOL, rounds=3)
+    timed = [
+        Batch(case, (*_ALL, *_MEAN) if case.name in ("v32k-fp32", "v32k-bf16") else _FEW, CPU_PROTOCOL)
+        if case.vocab < 100_000
+        else Batch(case, _FEW, few)
+        for case in CPU_CASES
+    ]
+    return (*timed, Batch(CPU_MEMORY_CASE, _MEMORY, MEMORY_PROTOCOL))
+
+
+def quick_batches() -> tuple[Batch, ...]:
+    """Seconds: the same machinery on tiny problems."""
+    quick = replace(CPU_PROTOCOL, rounds=2)
+    return (
+        *(Batch(case, ("products", "slime_fused", "naive", "torch-linear-ce"), quick) for case in QUICK_CASES),
+        Batch(QUICK_CASES[0], ("slime_fused", "naive"), MEMORY_PROTOCOL),
+    )
+
+
+def run_batch(batch: Batch, *, in_process: bool = False) -> list[Row]:
+    """Rows of one batch. Memory is taken in one process per contestant; time in one process for all of them."""
+    if in_process and batch.protocol.time:
+        contestants = [CONTESTANTS[name] for name in batch.contestants]
+        return run_case(batch.case, contestants, torch.device("cpu"), batch.protocol)
+    deadline = time.time() + _PROCESS_LIMIT_S
+    groups = (batch.contestants,) if batch.protocol.time else tuple((name,) for name in batch.contestants)
+    rows: list[Row] = []
+    for names in groups:
+        rows += run_job(Job("cpu", (batch.case.name,), names, batch.protocol, deadline), _PROCESS_LIMIT_S)
+    return rows
+
+
+def with_memory(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``rows`` and ``new``, where a memory row joins the timed row of the same case and contestant."""
+    table = {(row.case, row.contestant): row for row in rows}
+    for row in new:
+        key = (row.case, row.contestant)
+        if key in table and row.median_ms is None and row.status != FAILED:
+            table[key] = replace(table[key], peak_bytes=row.peak_bytes)
+        else:
+            table[key] = row
+    return list(table.values())
+
+
+def run_batches(batches: Sequence[Batch], *, in_process: bool) -> Iterator[tuple[Batch, list[Row]]]:
+    """Run batches one after another."""
+    for batch in batches:
+        yield batch, run_batch(batch, in_process=in_process)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the exit code says whether any row of this package failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny problems, a few seconds")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the result file")
+    parser.add_argument("--cases", nargs="*", default=[], choices=sorted(ALL_CASES), metavar="CASE")
+    args = parser.parse_args(argv)
+
+    batches = quick_batches() if args.quick else default_batches()
+    batches = tuple(batch for batch in batches if not args.cases or batch.case.name in args.cases)
+    machine = describe_machine(torch.device("cpu"))
+    path = (args.out or RESULTS / machine_slug(machine)) / "cpu.json"
+    rows: list[Row] = []
+    for batch, new in run_batches(batches, in_process=args.quick):
+        rows = with_memory(rows, new)
+        named = {row.case for row in rows}
+        write_run(path, machine, asdict(batch.protocol), [c for c in ALL_CASES.values() if c.name in named], rows)
+        print(format_rows(new, ALL_CASES), flush=True)
+    print(f"wrote {path}")
+    return int(any(row.status == FAILED and "slime_fused" in row.contestant for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# Build, test, check and benchmark slime_fused on the GPU at hand, offline, in under ten minutes.
+#
+#   WHEELS=dir   wheels of the peers to install for this run (optional; see bench/README.md)
+#   OUT=dir      where logs and results go (default: bench/results/<device>)
+#   STEPS="..."  which steps, in this order: env build tests sanitizer micro bench (default: all)
+#   BUDGET=s     seconds for the `bench` step (default 240)
+#   CASES="..."  cases of the `bench` step (default: all, most important first)
+#   PYTHON=...   interpreter (default python3)
+#   DRY_RUN=1    print the commands, and import every Python module they use, without running them
+#
+# A part that fails does not stop the others. The exit code is non-zero if a correctness step (build, tests,
+# sanitizer) failed. Logs are packed into one archive: OUT/logs.tar.gz.
+set -uo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT" || exit 2
+PYTHON=${PYTHON:-python3}
+STEPS=${STEPS:-env build tests sanitizer micro bench}
+BUDGET=${BUDGET:-240}
+CASES=${CASES:-}
+DRY_RUN=${DRY_RUN:-0}
+WHEELS=${WHEELS:-}
+CORRECTNESS=" build stream-tests tests memcheck racecheck "
+TRITON_TESTS=${TRITON_TESTS:-tests}
+
+device_name() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1; }
+slug() { printf '%s' "$1" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//; s/-$//'; }
+# 9.0 -> 90; Hopper and Blackwell data-centre parts get their architecture-specific instructions (90a, 100a).
+architecture() {
+  local cap
+  cap=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
+  case "$cap" in
+    90 | 100 | 103) printf '%sa' "$cap" ;;
+    *) printf '%s' "$cap" ;;
+  esac
+}
+
+DEVICE=$(device_name)
+OUT=${OUT:-bench/results/$(slug "${DEVICE:-no-gpu}")}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+SCRATCH=$(mktemp -d)
+LOGS=$SCRATCH/logs
+SITE=$SCRATCH/site
+mkdir -p "$LOGS" "$SITE"
+trap 'rm -rf "$SCRATCH"' EXIT
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+STARTED=$SECONDS
+SUMMARY=()
+FAILED=0
+
+# part NAME SECONDS COMMAND...: run it with a time limit and a log of its own, and remember how it went.
+part() {
+  local name=$1 limit=$2 begun=$SECONDS code
+  shift 2
+  if [[ $DRY_RUN == 1 ]]; then
+    printf 'DRY_RUN %s (%s s):' "$name" "$limit"
+    printf ' %q' "$@"
+    printf '\n'
+    return 0
+  fi
+  printf '== %s\n' "$name"
+  timeout --kill-after=10 "$limit" "$@" >"$LOGS/$name.log" 2>&1
+  code=$?
+  tail -n "${TAIL:-15}" "$LOGS/$name.log"
+  SUMMARY+=("$(printf '%-14s %-6s %4d s' "$name" "$([[ $code == 0 ]] && echo ok || echo "rc=$code")" $((SECONDS - begun)))")
+  if [[ $code != 0 && $CORRECTNESS == *" $name "* ]]; then FAILED=1; fi
+  return $code
+}
+
+# skip NAME REASON: a part that cannot run here.
+skip() {
+  printf '== %s: skipped, %s\n' "$1" "$2"
+  SUMMARY+=("$(printf '%-14s skipped: %s' "$1" "$2")")
+}
+
+report_environment() {
+  date -u
+  git rev-parse HEAD 2>/dev/null
+  nvidia-smi
+  nvcc --version | tail -n 2
+  "$PYTHON" - <<'PY'
+import importlib
+for name in ("torch", "triton", "numpy", "transformers", "pytest", "hypothesis", "pybind11", "cmake", "ninja",
+             "liger_kernel", "cut_cross_entropy", "trl", "quack"):
+    try:
+        module = importlib.import_module(name)
+        print(name, getattr(module, "__version__", "present"))
+    except Exception as error:
+        print(name, "missing:", type(error).__name__, str(error).splitlines()[:1])
+PY
+}
+
+# The package at SITE, its extension compiled for this card alone. An installed copy, because the top-level folder
+# triton_kernels/ is the subpackage slime_fused.triton_kernels only after installation.
+build_package() {
+  SLIME_FUSED_CUDA=ON SLIME_FUSED_CUDA_ARCHITECTURES=$(architecture) \
+    CMAKE_ARGS="-DSLIME_FUSED_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$(architecture)" \
+    "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" -v "$ROOT" &&
+    (cd "$SCRATCH" && "$PYTHON" -c "
+import slime_fused as sf
+print(sf.__file__)
+print(sf.build_info())
+print(sf.available_backends())")
+}
+
+install_wheels() {
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl
+}
+
+import_modules() {
+  "$PYTHON" - <<'PY'
+import importlib
+for name in ("bench.cases", "bench.contestants", "bench.cpu", "bench.gpu", "bench.measure", "bench.oracle",
+             "bench.peers", "bench.registry", "bench.report", "bench.results", "bench.runner", "bench.worker"):
+    importlib.import_module(name)
+    print("imported", name)
+PY
+}
+export -f report_environment build_package install_wheels architecture
+export PYTHON ROOT SITE SCRATCH WHEELS
+
+wants() { [[ " $STEPS " == *" $1 "* ]]; }
+
+if [[ -n $WHEELS ]]; then part wheels 120 bash -c install_wheels; fi
+if wants env; then TAIL=40 part env 90 bash -c report_environment; fi
+if wants build; then part build 240 bash -c build_package; fi
+
+if wants tests; then
+  # A kernel on the wrong stream makes every later number meaningless, so that is asked first.
+  TAIL=8 part stream-tests 90 "$PYTHON" -m pytest -q -x -m gpu -k stream -p no:cacheprovider tests
+  TAIL=40 part tests 180 "$PYTHON" -m pytest -q -m gpu -k "not stream" --maxfail=30 --tb=short -p no:cacheprovider \
+    tests
+fi
+
+if wants sanitizer; then
+  if command -v compute-sanitizer >/dev/null 2>&1 || [[ $DRY_RUN == 1 ]]; then
+    for tool in memcheck racecheck; do
+      part $tool 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+        --kernel-name-exclude regex:'.*(cutlass|gemm|at::native|cublas).*' \
+        "$PYTHON" -m bench.sanitize
+    done
+  else
+    skip sanitizer "compute-sanitizer is not installed"
+  fi
+fi
+
+if wants micro; then
+  for script in bench/micro/row_kernels.py bench/micro/triton_kernels.py; do
+    name=micro-$(basename "$script" .py)
+    if [[ -f $script ]]; then
+      TAIL=40 part "$name" 90 env OUT="$OUT" "$PYTHON" "$script" --out "$OUT"
+    else
+      skip "$name" "$script is not there"
+    fi
+  done
+fi
+
+if wants bench; then
+  # shellcheck disable=SC2086  # CASES is a list of words
+  TAIL=200 part bench $((BUDGET + 30)) "$PYTHON" -m bench.gpu --out "$OUT" --time-budget "$BUDGET" \
+    ${CASES:+--cases $CASES}
+fi
+
+if [[ $DRY_RUN == 1 ]]; then
+  import_modules || exit 1
+  exit 0
+fi
+
+{
+  printf 'device: %s\n' "${DEVICE:-none}"
+  printf '%s\n' "${SUMMARY[@]}"
+  printf 'total %d s\n' $((SECONDS - STARTED))
+} | tee "$LOGS/summary.txt"
+tar -czf "$OUT/logs.tar.gz" -C "$SCRATCH" logs
+exit $FAILED

@@ -1,0 +1,213 @@
+"""Other projects' kernels as contestants. All are optional: one that is missing becomes a row that says so.
+
+Each is called the way its own users call it, with its defaults unless the name says otherwise. None computes
+the SLIME loss, so those that give per-token log-probabilities get the SLIME terms from plain PyTorch, and those
+that give only a mean are compared on that mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata, util
+
+import torch
+from torch import Tensor
+
+from bench.cases import IGNORE_INDEX, Case, Data
+from bench.contestants import Contestant, Refusal, Step, differentiate, logps_contestant
+
+# Vocabulary columns of one tile in TRL's trainers (its default; the token dimension is fixed at 4096).
+_TRL_VOCAB_TILE = 32768
+
+# Distribution names, for the versions in a result file.
+DISTRIBUTIONS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "nvidia-cutlass-dsl")
+
+
+def peer_versions() -> dict[str, str]:
+    """Installed versions of the peers, without importing any."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _needs(*modules: str) -> Refusal:
+    """A refusal for a machine without a GPU or without one of ``modules`` (top-level names)."""
+
+    def refuses(case: Case, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "its kernels need a GPU"
+        missing = [module for module in modules if util.find_spec(module) is None]
+        return f"not installed: {', '.join(missing)}" if missing else None
+
+    return refuses
+
+
+# --- TRL: the fused head of its trainers -----------------------------------------------------------------------
+
+
+def _trl_logps(data: Data) -> Tensor:
+    """TRL's fused head on the rows that carry a label, scattered back: what `add_fused_lm_head` runs."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    mask = data.labels != IGNORE_INDEX
+    logps, *_ = ChunkedLogProbFunction.apply(
+        data.hidden[mask], data.weight, None, data.labels[mask], 1.0, _TRL_VOCAB_TILE, None, 1.0, ("log_probs",)
+    )
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+
+# --- Apple cut cross entropy -----------------------------------------------------------------------------------
+
+
+def _cce_logps(impl: str) -> Callable[[Data], Tensor]:
+    def logps(data: Data) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        nll = linear_cross_entropy(
+            data.hidden, data.weight, data.labels, ignore_index=IGNORE_INDEX, reduction="none", impl=impl
+        )
+        return -nll.float()
+
+    return logps
+
+
+# --- Liger -----------------------------------------------------------------------------------------------------
+
+
+def _liger_ce_logps(data: Data) -> Tensor:
+    """Liger's fused linear cross entropy with reduction="none" (its gradients are formed in backward)."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    nll = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="none")(
+        data.weight, data.hidden, data.labels
+    )
+    return -nll.float()
+
+
+def _liger_scaled_logps(data: Data) -> Tensor:
+    """Liger's per-token scaled cross entropy; on Hopper it needs the CUTLASS DSL."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(
+        data.hidden, data.weight, data.labels, 1.0, IGNORE_INDEX
+    ).float()
+
+
+def _build_liger_simpo(case: Case, data: Data) -> Step:
+    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
+
+    loss_module = LigerFusedLinearSimPOLoss(ignore_index=IGNORE_INDEX, compute_nll_loss=False)
+    shape = (2 * case.pairs, case.sequence_length)
+    labels = data.labels.view(shape)
+
+    def loss() -> Tensor:
+        out = loss_module(data.weight, data.hidden.view(*shape, case.hidden), labels)
+        return out[0] if isinstance(out, tuple) else out
+
+    return differentiate(data, loss)
+
+
+def _build_liger_mean(case: Case, data: Data) -> Step:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
+    return differentiate(data, lambda: module(data.weight, data.hidden, data.labels))
+
+
+# --- quack -----------------------------------------------------------------------------------------------------
+
+
+def _build_quack_mean(case: Case, data: Data) -> Step:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return differentiate(
+        data,
+        lambda: chunked_linear_cross_entropy(data.hidden, data.weight, data.labels, ignore_index=IGNORE_INDEX),
+    )
+
+
+# --- SimPO through this package, for Liger's preference path ---------------------------------------------------
+
+
+def _build_ours_simpo(case: Case, data: Data) -> Step:
+    import slime_fused
+    from bench.oracle import simpo
+
+    def loss() -> Tensor:
+        logps = slime_fused.linear_logprobs(
+            data.hidden, data.weight, data.labels, cu_seqlens=data.cu_seqlens, workspace=case.workspace or "auto"
+        )
+        return simpo(logps.index_select(0, data.rows), data.cu_valid)
+
+    return differentiate(data, loss)
+
+
+OURS_SIMPO = Contestant(
+    "simpo-slime_fused", "ours", "simpo", _build_ours_simpo, "SimPO in PyTorch over linear_logprobs"
+)
+
+PEERS = (
+    logps_contestant(
+        "trl-fused-head",
+        "trl",
+        _trl_logps,
+        "ChunkedLogProbFunction as its trainers call it; SLIME terms in PyTorch",
+        refuses=_needs("trl", "datasets"),
+    ),
+    logps_contestant(
+        "cce",
+        "cce",
+        _cce_logps("cce"),
+        'linear_cross_entropy(reduction="none"), defaults (filters small gradients); SLIME terms in PyTorch',
+        refuses=_needs("cut_cross_entropy"),
+    ),
+    logps_contestant(
+        "cce-exact",
+        "cce",
+        _cce_logps("cce_exact"),
+        'impl="cce_exact": no filter, float32 accumulation; SLIME terms in PyTorch',
+        refuses=_needs("cut_cross_entropy"),
+    ),
+    logps_contestant(
+        "liger-ce-none",
+        "liger",
+        _liger_ce_logps,
+        'LigerFusedLinearCrossEntropyLoss(reduction="none"); SLIME terms in PyTorch',
+        refuses=_needs("liger_kernel"),
+    ),
+    logps_contestant(
+        "liger-scaled",
+        "liger-scaled",
+        _liger_scaled_logps,
+        "LigerFusedLinearScaledCrossEntropyFunction; SLIME terms in PyTorch",
+        refuses=_needs("liger_kernel"),
+    ),
+    Contestant(
+        "simpo-liger",
+        "liger-simpo",
+        "simpo",
+        _build_liger_simpo,
+        "LigerFusedLinearSimPOLoss, no NLL term: its nearest preference loss",
+        _needs("liger_kernel"),
+    ),
+    Contestant(
+        "ce-liger",
+        "liger",
+        "cross_entropy",
+        _build_liger_mean,
+        "mean LigerFusedLinearCrossEntropyLoss",
+        _needs("liger_kernel"),
+    ),
+    Contestant(
+        "ce-quack",
+        "quack",
+        "cross_entropy",
+        _build_quack_mean,
+        "mean chunked_linear_cross_entropy, chunks of 4096 rows",
+        _needs("quack", "cutlass"),
+    ),
+)

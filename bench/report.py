@@ -1,0 +1,144 @@
+"""Result files as markdown: `python -m bench.report` rewrites the tables between markers in README.md.
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu` or `gpu`. Plots go to
+docs/ beside it. Only committed result files are read, so every number in a table has its raw samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bench.cases import MIB, Case
+from bench.results import OK, RESULTS, Row, Run, read_run
+
+_ROOT = Path(__file__).parent.parent
+_HEADINGS = (
+    "case",
+    "contestant",
+    "time",
+    "x products",
+    "TFLOP/s",
+    "peak memory",
+    "dX error",
+    "dW error",
+)
+
+
+def milliseconds(value: float | None) -> str:
+    """A time with three significant digits."""
+    if value is None:
+        return ""
+    return f"{value / 1e3:.2f} s" if value >= 1000 else f"{value:.3g} ms"
+
+
+def mebibytes(value: int | None) -> str:
+    """A size in MiB, or KiB below one."""
+    if value is None:
+        return ""
+    return f"{value / MIB:,.0f} MiB" if value >= MIB else f"{value / 1024:,.0f} KiB"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def tflops(row: Row, case: Case) -> float | None:
+    """Rate over the FLOPs that the case needs (recomputation counts as time, not as work)."""
+    if row.median_ms is None:
+        return None
+    return case.products * case.product_flops / (row.median_ms * 1e-3) / 1e12
+
+
+def cells(row: Row, case: Case) -> tuple[str, ...]:
+    """The cells of one row, in the order of the headings."""
+    if row.status != OK:
+        return (row.case, row.contestant, f"{row.status}: {row.reason}", "", "", "", "", "")
+    return (
+        row.case,
+        row.contestant,
+        milliseconds(row.median_ms),
+        _number(row.over_products, ".3f"),
+        _number(tflops(row, case), ".3g"),
+        mebibytes(row.peak_bytes),
+        _number(row.error_d_hidden, ".1e"),
+        _number(row.error_d_weight, ".1e"),
+    )
+
+
+def format_rows(rows: Iterable[Row], cases: Mapping[str, Case]) -> str:
+    """Rows as aligned text, for the terminal."""
+    table = [_HEADINGS, *(cells(row, cases[row.case]) for row in rows)]
+    # A reason in place of a time may be long; it does not widen the column.
+    widths = [max(len(line[i]) for line in table if len(line[i]) <= 32) for i in range(len(_HEADINGS))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+def markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A markdown table; pipes inside cells are escaped."""
+    rows = [list(headings), ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def run_markdown(run: Run) -> str:
+    """One run: the machine in a sentence, then a table per case, fastest first."""
+    machine = run.machine
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    parts = [f"{where}; torch {machine['torch']}, {machine['date']}, commit {machine['commit'][:10]}."]
+    for name in run.cases:
+        case = run.case(name)
+        rows = [row for row in run.rows if row.case == name]
+        rows.sort(key=lambda row: (row.median_ms is None, row.median_ms or 0.0))
+        head = "frozen" if case.frozen_head else "trainable"
+        parts.append(
+            f"**{name}**: {case.tokens} tokens ({case.valid_tokens} with a label), D={case.hidden}, "
+            f"V={case.vocab}, {case.dtype}, {head} head"
+        )
+        parts.append(markdown_table(_HEADINGS[1:], (cells(row, case)[1:] for row in rows)))
+    return "\n\n".join(parts)
+
+
+def splice(text: str, name: str, content: str) -> str:
+    """Replace what stands between the markers of ``name``; ValueError where they are missing."""
+    pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"no markers <!-- bench:{name} --> ... <!-- /bench:{name} --> in the text")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def stored_runs(kind: str, results: Path = RESULTS) -> list[Run]:
+    """All runs of a kind (`cpu` or `gpu`), newest first."""
+    runs = [read_run(path) for path in sorted(results.glob(f"*/{kind}.json"))]
+    return sorted(runs, key=lambda run: run.machine["date"], reverse=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite the tables and plots, or print them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=_ROOT / "README.md")
+    parser.add_argument("--plots", type=Path, default=None, help="folder for PNG plots (default: none are drawn)")
+    parser.add_argument("--print", action="store_true", help="print the tables and touch no file")
+    args = parser.parse_args(argv)
+    for kind in ("cpu", "gpu"):
+        runs = stored_runs(kind, args.results)
+        if not runs:
+            continue
+        content = "\n\n".join(run_markdown(run) for run in runs)
+        if args.print:
+            print(content)
+            continue
+        args.readme.write_text(splice(args.readme.read_text(), kind, content))
+        if args.plots is not None:
+            from bench.plots import draw
+
+            for path in draw(runs[0], kind, args.plots):
+                print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

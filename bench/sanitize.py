@@ -1,0 +1,159 @@
+"""A small run of every row and segment kernel, for compute-sanitizer: `python -m bench.sanitize [--backend NAME]`.
+
+It calls the backend alone, without matrix products, so that whatever the sanitizer reports is this package's.
+Sizes are small and awkward: one column, an odd and an aligned vocabulary, padded rows, an ignored label.
+Results are compared with `slime_fused.reference`'s arithmetic, so a run that computes nonsense fails too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slime_fused.backends import get_backend
+from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, TokenLoss, acc_dtype
+
+_ROWS = 5
+_COLUMNS = (1, 257, 4096, 5003)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Padding elements after each row, so that rows start at addresses of every alignment.
+_PITCHES = (0, 3)
+_LENGTHS = (3, 1, 4, 2)  # two pairs
+_PAPER = SlimeWeights(0.1, 0.1, 1.0, 1.25, 1.5, 1.0, 2.5, 2.5, pair_weight=0.5, token_weight=0.0)
+
+
+def _require_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = float((actual.double() - expected).abs().max())
+    if not error <= tolerance:
+        raise SystemExit(f"bench.sanitize: {name}: error {error:.3g} exceeds {tolerance:.3g}")
+
+
+def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torch.dtype, pitch: int) -> None:
+    """Residuals at once, and through statistics of two column blocks, against float64."""
+    gen = torch.Generator(device=device).manual_seed(columns + pitch)
+    storage = torch.randn(_ROWS, columns + pitch, generator=gen, device=device).mul_(3).to(dtype)
+    logits = storage[:, :columns]
+    labels = torch.randint(columns, (_ROWS,), generator=gen, device=device)
+    labels[1] = -1
+    acc = acc_dtype(dtype)
+    lse, logp = (torch.full((_ROWS,), float("nan"), dtype=acc, device=device) for _ in range(2))
+    head, plain = HeadTransform(), TokenLoss()
+
+    keep = (labels >= 0).double()
+    truth_lse = torch.logsumexp(logits.double(), 1)
+    truth_logp = (logits.double().gather(1, labels.clamp(min=0)[:, None])[:, 0] - truth_lse) * keep
+    truth = torch.softmax(logits.double(), 1)
+    truth[torch.arange(_ROWS, device=device), labels.clamp(min=0)] -= 1
+    truth *= keep[:, None]
+    unit = torch.finfo(dtype).eps
+
+    out = torch.full_like(storage, float("nan"))[:, :columns]
+    backend.softmax_residual(logits, out, labels, None, head, plain, lse=lse, logp=logp, loss=None)
+    _require_close("softmax_residual lse", lse, truth_lse * keep, 1e-4)
+    _require_close("softmax_residual logp", logp, truth_logp, 1e-4)
+    _require_close("softmax_residual", out, truth, unit + 1e-5)
+
+    statistics = [torch.zeros(_ROWS, dtype=acc, device=device) for _ in range(4)]
+    split = columns // 2
+    for begin, end in ((0, split), (split, columns)):
+        if begin == end:
+            continue
+        row_max, row_sum, label_logit, logit_sum = statistics
+        backend.logits_stats(
+            logits[:, begin:end],
+            labels,
+            None,
+            head,
+            col_offset=begin,
+            row_max=row_max,
+            row_sum=row_sum,
+            label_logit=label_logit,
+            logit_sum=logit_sum,
+            merge=begin > 0,
+        )
+    row_max, row_sum, label_logit, logit_sum = statistics
+    _require_close("logits_stats lse", row_max + row_sum.log(), truth_lse, 1e-4)
+    _require_close("logits_stats sum", logit_sum, logits.double().sum(1), 1e-2)
+    scale = torch.linspace(-1, 1, _ROWS, dtype=acc, device=device)
+    backend.residual_from_stats(
+        logits,
+        logits,
+        labels,
+        None,
+        head,
+        plain,
+        col_offset=0,
+        vocab_size=columns,
+        lse=lse,
+        logp=logp,
+        row_scale=scale,
+    )
+    _require_close("residual_from_stats", logits, truth * scale.double()[:, None], unit + 1e-5)
+
+
+def check_segments(backend: Backend, device: torch.device) -> None:
+    """Segment sums, the loss terms and the in-place scale."""
+    cu_seqlens = torch.tensor([0, *torch.tensor(_LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    n, pairs = sum(_LENGTHS), len(_LENGTHS) // 2
+    logp = -torch.rand(n, device=device, generator=torch.Generator(device=device).manual_seed(1)).mul_(4)
+    sums = torch.empty(len(_LENGTHS), device=device)
+    truth = torch.stack([part.sum() for part in logp.double().split(_LENGTHS)])
+    backend.segment_sum(logp, cu_seqlens, sums, mean=False)
+    _require_close("segment_sum", sums, truth, 1e-5)
+    spread = torch.empty(n, device=device)
+    backend.segment_sum_backward(sums, cu_seqlens, spread, mean=True)
+    lengths = torch.tensor(_LENGTHS, device=device)
+    _require_close("segment_sum_backward", spread, (truth / lengths).repeat_interleave(lengths), 1e-5)
+
+    chosen, rejected, anchor, margin, stabilizer = (torch.empty(pairs, device=device) for _ in range(5))
+    d_logp = torch.empty(n, device=device)
+    backend.slime_terms(
+        logp,
+        cu_seqlens,
+        _PAPER,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        anchor=anchor,
+        margin_loss=margin,
+        stabilizer=stabilizer,
+        d_logp=d_logp,
+    )
+    means = truth / lengths
+    _require_close("slime_terms chosen", chosen, means[:pairs], 1e-5)
+    _require_close("slime_terms rejected", rejected, means[pairs:], 1e-5)
+    _require_close("slime_terms anchor", anchor.sum(), -0.1 * means[:pairs].mean(), 1e-5)
+    backend.scale_(d_logp, torch.tensor(2.0, device=device))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every check once on one backend."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    backend, device = get_backend(args.backend), torch.device(args.device)
+    available, reason = backend.available()
+    if not available:
+        print(f"bench.sanitize: backend {args.backend} cannot run here: {reason}", file=sys.stderr)
+        return 2
+    checked = 0
+    for dtype in _DTYPES:
+        if not backend.supports(device, dtype)[0]:
+            continue
+        for columns in _COLUMNS:
+            for pitch in _PITCHES:
+                check_rows(backend, device, columns, dtype, pitch)
+                checked += 1
+    check_segments(backend, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"bench.sanitize: {checked} row problems and the segment kernels are right on backend {args.backend}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
