@@ -9,6 +9,8 @@ from transformers import TrainingArguments
 
 from slime_fused.config import SlimeLossConfig
 
+_CHOICES = {"loss_impl": ("fused", "naive"), "truncation": ("keep_start", "keep_end", "drop")}
+
 
 @dataclass
 class SlimeConfig(TrainingArguments):
@@ -22,8 +24,8 @@ class SlimeConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many optimizer steps; below 1, that share of all steps."}
     )
-    gradient_checkpointing: bool = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass to save memory. Unset: on."}
     )
     bf16: bool | None = field(
         default=None,
@@ -106,14 +108,29 @@ class SlimeConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if isinstance(self.model_init_kwargs, str):
-            self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"model_init_kwargs: expected JSON, got {self.model_init_kwargs!r}: {error}") from None
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = bool(on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False))
+        self._resolve_checkpointing()
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 (one prompt and one response token), got {self.max_length}")
+            raise ValueError(f"max_length: expected at least 2 (a prompt and a response token), got {self.max_length}")
         self.loss_config()
         super().__post_init__()
+
+    def _resolve_checkpointing(self) -> None:
+        """On by default, under the name this release of `transformers` uses (``activation_...`` since 5.x)."""
+        wanted = True if self.gradient_checkpointing is None else self.gradient_checkpointing
+        if not hasattr(self, "activation_checkpointing"):
+            self.gradient_checkpointing = wanted
+        elif self.activation_checkpointing is None:
+            self.activation_checkpointing = wanted
 
     def loss_config(self) -> SlimeLossConfig:
         """The loss's hyperparameters as the validated, frozen value that the loss takes."""

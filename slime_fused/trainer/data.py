@@ -83,8 +83,8 @@ def prepare_dataset(
         return dataset
     function = PairTokenizer(tokenizer, args, name)
     if isinstance(dataset, IterableDataset):
-        tokens = dataset.map(function, with_indices=True, remove_columns=columns)
-        return tokens.filter(_is_kept).remove_columns("verdict")
+        # A stream need not know its columns before it runs, so the unwanted ones go last.
+        return dataset.map(function, with_indices=True).filter(_is_kept).select_columns(list(TOKEN_COLUMNS))
     if len(dataset) == 0:
         raise ValueError(f"{name}_dataset: expected at least one pair, got an empty dataset")
     tokens = dataset.map(
