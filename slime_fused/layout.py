@@ -7,6 +7,7 @@ label is ignored) and the boundaries of S sequences. Rows without a target are n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -111,10 +112,10 @@ def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:
             f"cu_seqlens: expected to begin at 0 and end at {num_rows} (rows of hidden), "
             f"got {bounds_host[0]} and {bounds_host[-1]}"
         )
-    for s, (begin, end) in enumerate(zip(bounds_host, bounds_host[1:], strict=False)):
+    for s, (begin, end) in enumerate(pairwise(bounds_host)):
         if end < begin:
             raise ValueError(f"cu_seqlens: expected non-decreasing values, got {begin} then {end} at index {s}")
-    return [end - begin for begin, end in zip(at_host, at_host[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(at_host)]
 
 
 def require_responses(lengths: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 It materialises all logits and leaves the gradients to autograd, so it is also the naive baseline of every
 benchmark. It shares no code with the fused path: it checks little, drops no row and knows no plan. ``backend``,
-``workspace`` and the process groups are accepted and ignored. Any floating dtype; float64 is the truth of the tests.
+``workspace`` and the process groups are accepted and ignored. Any floating dtype; the tests' truth is float64.
 
 ``upcast=False`` computes the log-softmax in the dtype of the logits, as the authors' trainer does under mixed
 precision; otherwise every reduction runs in float32 (float64 for float64 inputs).
@@ -10,6 +10,7 @@ precision; otherwise every reduction runs in float32 (float64 for float64 inputs
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ def _shift(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tens
     if cu_seqlens is None:
         return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     bounds = cu_seqlens.tolist()
-    pieces = [labels[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [labels[a:b] for a, b in pairwise(bounds)]
     return torch.cat([F.pad(p[1:], (0, 1), value=ignore_index) if len(p) else p for p in pieces])
 
 
@@ -53,7 +54,7 @@ def _labels_of_sequences(labels: Tensor, cu_seqlens: Tensor | None, ignore_index
         counts = mask.reshape(-1, mask.shape[-1]).sum(1)
     else:
         bounds = cu_seqlens.tolist()
-        counts = torch.stack([mask[a:b].sum() for a, b in zip(bounds, bounds[1:], strict=False)])
+        counts = torch.stack([mask[a:b].sum() for a, b in pairwise(bounds)])
     return mask, F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
@@ -128,7 +129,12 @@ def linear_cross_entropy(
         labels = _shift(labels, cu_seqlens, ignore_index)
     logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, upcast)
     return cross_entropy(
-        logits, labels, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=ignore_index
+        logits,
+        labels,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
     )
 
 
@@ -153,9 +159,7 @@ def cross_entropy(
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     flat = labels.reshape(-1).long()
     rows = logits.reshape(-1, logits.shape[-1])
-    loss = F.cross_entropy(
-        rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
+    loss = F.cross_entropy(rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     if z_loss:
         loss = loss + torch.where(flat != ignore_index, z_loss * torch.logsumexp(rows, 1) ** 2, 0.0)
     if reduction == "none":

@@ -5,6 +5,8 @@ Row blocks are upcast to the accumulation dtype, so it takes more memory and tim
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -167,7 +169,7 @@ class TorchBackend:
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
         """See `Backend.segment_sum`."""
         bounds = cu_seqlens.tolist()
-        for s, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for s, (begin, end) in enumerate(pairwise(bounds)):
             total = values[begin:end].sum(dtype=torch.float64)
             out[s] = total / max(end - begin, 1) if mean else total
 
@@ -216,9 +218,8 @@ class TorchBackend:
         self.segment_sum(per_token, cu_seqlens[num_pairs:] - first_rejected, stabilizer, mean=False)
         if d_logp is None:
             return
-        d_margin = -w.lambda_d * w.pair_weight * (margin < w.margin_hard) * (
-            gate + w.kappa * hinge * gate * (1 - gate)
-        )
+        slope = -w.lambda_d * w.pair_weight * (gate + w.kappa * hinge * gate * (1 - gate))
+        d_margin = slope * (margin < w.margin_hard)
         d_means = torch.cat([d_margin - w.lambda_w * w.pair_weight, -d_margin])
         self.segment_sum_backward(d_means, cu_seqlens, d_logp, mean=True)
         d_logp[first_rejected:] -= (

@@ -1,0 +1,39 @@
+"""Fused linear-head losses for LLM preference training: SLIME (arXiv 2602.02383), cross-entropy, log-probs.
+
+Hidden states and the head's weight go in; the loss and exact gradients come out; the (tokens x vocabulary) logits
+never exist whole. See `slime_loss`. `slime_fused.reference` holds every function in plain PyTorch.
+"""
+
+from slime_fused import reference
+from slime_fused.backends import available_backends
+from slime_fused.config import SlimeLossConfig
+from slime_fused.functional import (
+    explain_plan,
+    linear_cross_entropy,
+    linear_logprobs,
+    sequence_logprobs,
+    slime_loss,
+    slime_terms,
+)
+from slime_fused.info import build_info
+from slime_fused.logits_loss import cross_entropy
+from slime_fused.modules import LinearCrossEntropyLoss, SlimeLoss
+from slime_fused.output import SlimeOutput
+
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "SlimeLoss",
+    "SlimeLossConfig",
+    "SlimeOutput",
+    "available_backends",
+    "build_info",
+    "cross_entropy",
+    "explain_plan",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "reference",
+    "sequence_logprobs",
+    "slime_loss",
+    "slime_terms",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,120 @@
+"""From a call's arguments to the head, the layout and the plan that it runs with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slime_fused.backends import resolve_backend
+from slime_fused.backends.base import HeadTransform, TokenLoss
+from slime_fused.engine import Head
+from slime_fused.layout import TokenLayout, require_responses, resolve_layout
+from slime_fused.plan import Operation, Plan, Problem, make_plan, resolve_workspace
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The keyword arguments that every linear loss shares."""
+
+    shift: bool = False
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    backend: str = "auto"
+    workspace: int | str = "auto"
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
+        """Those of the inputs that require one, none under ``torch.no_grad()``."""
+        enabled = torch.is_grad_enabled()
+        return cls(
+            enabled and hidden.requires_grad,
+            enabled and weight.requires_grad,
+            enabled and bias is not None and bias.requires_grad,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that one call of a linear loss runs with."""
+
+    head: Head
+    layout: TokenLayout
+    plan: Plan
+
+
+def prepare_call(
+    operation: Operation,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: HeadOptions,
+    wants: Wants,
+    token_loss: TokenLoss,
+    *,
+    keeps_residual: bool = True,
+) -> Call:
+    """Resolve backend, layout and plan. Waits for the device once, to count the labels.
+
+    Shapes and dtypes have been checked; what depends on the values of ``labels`` and ``cu_seqlens`` is checked
+    here (ValueError).
+    """
+    backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
+    layout = resolve_layout(
+        labels,
+        cu_seqlens,
+        vocab_size=weight.shape[0],
+        shift=options.shift,
+        ignore_index=options.ignore_index,
+    )
+    if operation == "slime":
+        require_responses(layout.lengths)
+    head = Head(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        transform=HeadTransform(options.logit_scale, options.logit_softcap),
+        token_loss=token_loss,
+        backend=backend,
+    )
+    problem = make_problem(operation, layout, hidden, weight, wants, keeps_residual=keeps_residual)
+    workspace = resolve_workspace(options.workspace, problem, is_gpu=hidden.device.type != "cpu")
+    return Call(head, layout, make_plan(problem, workspace))
+
+
+def make_problem(
+    operation: Operation,
+    layout: TokenLayout,
+    hidden: Tensor,
+    weight: Tensor,
+    wants: Wants,
+    *,
+    keeps_residual: bool = True,
+) -> Problem:
+    """The planner's view of a call."""
+    pairs = len(layout.lengths) // 2 if operation == "slime" else 0
+    return Problem(
+        operation=operation,
+        rows=layout.num_rows,
+        hidden_size=hidden.shape[-1],
+        vocab_size=weight.shape[0],
+        itemsize=weight.element_size(),
+        want_hidden=wants.hidden,
+        want_weight=wants.weight,
+        want_bias=wants.bias,
+        pair_rows=tuple(layout.lengths[i] + layout.lengths[pairs + i] for i in range(pairs)),
+        keeps_residual=keeps_residual,
+    )

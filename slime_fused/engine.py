@@ -1,0 +1,249 @@
+"""The chunk engine: forms logits and residuals in one reused buffer and gathers the gradients.
+
+It serves all losses, and makes every allocation that grows with rows or vocabulary. With a chunk's residual
+R = d(token loss)/d(logits), written over its logits, and the coefficients c = dL/d(token loss) of its rows::
+
+    dX = c * (R W)        dW = R^T (c * X)        db = R^T c
+
+c is applied to (rows x hidden) arrays, never as another pass over (rows x vocabulary). For the negative
+log-likelihood R is softmax - onehot, and for the SLIME loss c = -dL/dlogp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slime_fused import products
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.layout import TokenLayout
+from slime_fused.plan import Plan
+
+
+@dataclass(frozen=True)
+class Head:
+    """The tensors of one call and the backend that works on them."""
+
+    hidden: Tensor
+    """(N_all, D)"""
+    weight: Tensor
+    """(V, D), any strides: only the matrix products read it."""
+    bias: Tensor | None
+    """(V,)"""
+    transform: HeadTransform
+    token_loss: TokenLoss
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What a forward pass knows of each labelled row: three (N,) tensors in acc dtype."""
+
+    lse: Tensor
+    logp: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class RowSet:
+    """Some of the labelled rows, as spans of their order; ``take`` and ``put`` move them from and to (N_all, D)."""
+
+    def __init__(self, layout: TokenLayout, spans: Sequence[tuple[int, int]]) -> None:
+        merged = [spans[0]]
+        for begin, end in spans[1:]:
+            if begin == merged[-1][1]:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((begin, end))
+        self.spans = merged
+        self.index = None if layout.rows is None else join([layout.rows[a:b] for a, b in merged])
+
+    def take(self, source: Tensor) -> Tensor:
+        """(N_all, ...) -> (M, ...): a view where the rows are contiguous, else a copy."""
+        if self.index is not None:
+            return source.index_select(0, self.index)
+        return self.of_labelled(source)
+
+    def put(self, target: Tensor, value: Tensor) -> None:
+        """Write (M, ...) to these rows of (N_all, ...)."""
+        if self.index is not None:
+            target.index_copy_(0, self.index, value.to(target.dtype))
+            return
+        done = 0
+        for begin, end in self.spans:
+            target[begin:end] = value[done : done + end - begin]
+            done += end - begin
+
+    def of_labelled(self, source: Tensor) -> Tensor:
+        """(N, ...) -> (M, ...), for a tensor that holds the labelled rows alone."""
+        return join([source[a:b] for a, b in self.spans])
+
+
+class ChunkEngine:
+    """Forms logits and residuals chunk by chunk in one reused buffer, and gathers the gradients."""
+
+    def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
+        self.head = head
+        self.layout = layout
+        self.plan = plan
+        self.targets = layout.row_targets()
+        self._buffer: Tensor | None = None
+        p, hidden = plan.problem, head.hidden
+        self.d_hidden: Tensor | None = None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+        if p.want_hidden:
+            # Rows that no chunk visits keep their zeros.
+            self.d_hidden = (
+                hidden.new_empty(hidden.shape) if layout.rows is None else hidden.new_zeros(hidden.shape)
+            )
+
+    def row_stats(self) -> TokenStats:
+        """Uninitialised statistics of all labelled rows."""
+        lse, logp, loss = self._empty(3, self.targets.shape[0]).unbind()
+        return TokenStats(lse, logp, loss)
+
+    def logits(self, rows: RowSet) -> tuple[Tensor, Tensor]:
+        """(hidden states (M, D), their raw logits (M, V)) of a chunk; the logits live until the next call."""
+        hidden = rows.take(self.head.hidden)
+        if self._buffer is None:
+            p = self.plan.problem
+            self._buffer = hidden.new_empty(self.plan.chunk_rows, p.row_pitch)[:, : p.vocab_size]
+        logits = self._buffer[: hidden.shape[0]]
+        products.write_logits(hidden, self.head.weight, logits)
+        return hidden, logits
+
+    def release_buffer(self) -> None:
+        """Give the logits buffer back."""
+        self._buffer = None
+
+    def stats(self, rows: RowSet, out: TokenStats) -> None:
+        """Statistics of a chunk without its residual."""
+        _, logits = self.logits(rows)
+        token_loss, vocab = self.head.token_loss, logits.shape[1]
+        row_max, row_sum, label_logit, logit_sum = self._empty(4, logits.shape[0]).unbind()
+        smoothing = token_loss.label_smoothing
+        self.head.backend.logits_stats(
+            logits,
+            rows.of_labelled(self.targets),
+            self.head.bias,
+            self.head.transform,
+            col_offset=0,
+            row_max=row_max,
+            row_sum=row_sum,
+            label_logit=label_logit,
+            logit_sum=logit_sum if smoothing else None,
+            merge=False,
+        )
+        lse = row_sum.log_().add_(row_max)
+        logp = label_logit.sub_(lse)
+        loss = (smoothing - 1) * logp
+        if smoothing:
+            loss += smoothing * (lse - logit_sum / vocab)
+        if token_loss.z_loss:
+            loss += token_loss.z_loss * lse**2
+        self.write_stats(rows, TokenStats(lse, logp, loss), out)
+
+    def residual(self, rows: RowSet, out: TokenStats) -> tuple[Tensor, Tensor]:
+        """(hidden states (M, D), residual (M, V)) of a chunk; its statistics go to ``out``."""
+        hidden, logits = self.logits(rows)
+        lse, logp, loss = self._empty(3, logits.shape[0]).unbind()
+        self.head.backend.softmax_residual(
+            logits,
+            logits,
+            rows.of_labelled(self.targets),
+            self.head.bias,
+            self.head.transform,
+            self.head.token_loss,
+            lse=lse,
+            logp=logp,
+            loss=loss,
+        )
+        self.write_stats(rows, TokenStats(lse, logp, loss), out)
+        return hidden, logits
+
+    def residual_again(self, rows: RowSet, known: TokenStats) -> tuple[Tensor, Tensor]:
+        """As `residual`, where the statistics are known from an earlier pass."""
+        hidden, logits = self.logits(rows)
+        self.head.backend.residual_from_stats(
+            logits,
+            logits,
+            rows.of_labelled(self.targets),
+            self.head.bias,
+            self.head.transform,
+            self.head.token_loss,
+            col_offset=0,
+            vocab_size=logits.shape[1],
+            lse=rows.of_labelled(known.lse),
+            logp=rows.of_labelled(known.logp),
+            row_scale=None,
+        )
+        return hidden, logits
+
+    def add_hidden_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor | None) -> None:
+        """Rows of dX = c * (R W); R W alone where c is not known yet."""
+        if self.d_hidden is None:
+            return
+        value = products.residual_times_weight(residual, self.head.weight)
+        if coefficient is not None:
+            value.mul_(coefficient[:, None])
+        rows.put(self.d_hidden, value)
+
+    def add_head_grad(self, hidden: Tensor, residual: Tensor, coefficient: Tensor) -> None:
+        """DW += R^T (c * X) and db += R^T c."""
+        p, weight = self.plan.problem, self.head.weight
+        if p.want_weight:
+            scaled = (hidden * coefficient[:, None]).to(hidden.dtype)
+            is_first = self.d_weight is None
+            if self.d_weight is None:
+                accumulator = torch.float32 if self.plan.accumulator_bytes else weight.dtype
+                self.d_weight = weight.new_empty(weight.shape, dtype=accumulator)
+            products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
+        if p.want_bias:
+            if self.d_bias is None:
+                self.d_bias = weight.new_zeros(p.vocab_size, dtype=acc_dtype(weight.dtype))
+            products.add_bias_grad(self.d_bias, residual, coefficient)
+
+    def gradients(self) -> Gradients:
+        """The gradients, each in the dtype of its input; the engine starts afresh for another sum."""
+        p, weight = self.plan.problem, self.head.weight
+        d_weight, d_bias = self.d_weight, self.d_bias
+        self.d_weight = self.d_bias = None
+        if p.want_weight and d_weight is None:
+            d_weight = weight.new_zeros(weight.shape)
+        if p.want_bias and d_bias is None:
+            d_bias = weight.new_zeros(p.vocab_size)
+        return Gradients(
+            self.d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(weight.dtype),
+        )
+
+    def write_stats(self, rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
+        """Copy a chunk's statistics to their place among all labelled rows."""
+        done = 0
+        for begin, end in rows.spans:
+            part = slice(done, done + end - begin)
+            out.lse[begin:end] = chunk.lse[part]
+            out.logp[begin:end] = chunk.logp[part]
+            out.loss[begin:end] = chunk.loss[part]
+            done += end - begin
+
+    def _empty(self, *shape: int) -> Tensor:
+        return self.head.hidden.new_empty(shape, dtype=acc_dtype(self.head.hidden.dtype))
+
+
+def join(pieces: list[Tensor]) -> Tensor:
+    """Concatenate, without a copy where there is one piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

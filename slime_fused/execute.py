@@ -1,0 +1,203 @@
+"""Runs a plan: one function per loss, over the chunk engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slime_fused.backends.base import Backend, SlimeWeights
+from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, TokenStats, join
+from slime_fused.layout import TokenLayout
+from slime_fused.plan import Plan
+
+
+@dataclass(frozen=True)
+class SlimePairs:
+    """(P,) tensors in acc dtype: mean log-probs, and each pair's share of the three terms."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    anchor: Tensor
+    margin_loss: Tensor
+    stabilizer: Tensor
+
+
+def row_sets(layout: TokenLayout, plan: Plan) -> list[RowSet]:
+    """The row blocks of a plan whose chunks are rows."""
+    return [RowSet(layout, [(c.begin, c.end)]) for c in plan.chunks]
+
+
+def slime_forward(
+    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+) -> tuple[SlimePairs, Gradients]:
+    """The SLIME loss by pair and, where wanted, ``grad_scale`` times the gradients of its sum."""
+    engine = ChunkEngine(head, layout, plan)
+    if plan.kind == "stream":
+        return _slime_stream(engine, layout, plan, weights, grad_scale)
+    return _slime_sweep(engine, layout, plan, weights, grad_scale)
+
+
+def _slime_stream(
+    engine: ChunkEngine, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+) -> tuple[SlimePairs, Gradients]:
+    """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
+    num_pairs = len(layout.lengths) // 2
+    starts = cumulative(layout.lengths)
+    bounds = _chunk_bounds(layout, plan).to(layout.targets.device, non_blocking=True)
+    stats = engine.row_stats()
+    backend = engine.head.backend
+    parts = []
+    first = 0
+    for chunk in plan.chunks:
+        spans = [
+            (starts[chunk.begin], starts[chunk.end]),
+            (starts[num_pairs + chunk.begin], starts[num_pairs + chunk.end]),
+        ]
+        rows = RowSet(layout, spans)
+        hidden, residual = engine.residual(rows, stats)
+        size = 2 * (chunk.end - chunk.begin) + 1
+        chunk_bounds = bounds[first : first + size]
+        pairs, d_logp = slime_terms(backend, rows.of_labelled(stats.logp), chunk_bounds, weights, True)
+        first += size
+        parts.append(pairs)
+        if d_logp is not None:
+            coefficient = d_logp.mul_(-grad_scale)
+            engine.add_hidden_grad(rows, residual, coefficient)
+            engine.add_head_grad(hidden, residual, coefficient)
+        del hidden, residual
+    engine.release_buffer()
+    return _join_pairs(parts), engine.gradients()
+
+
+def _slime_sweep(
+    engine: ChunkEngine, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+) -> tuple[SlimePairs, Gradients]:
+    """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
+    problem = plan.problem
+    stats = engine.row_stats()
+    blocks = row_sets(layout, plan)
+    forward_sweep(engine, blocks, stats)
+    bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32).to(layout.targets.device)
+    pairs, d_logp = slime_terms(engine.head.backend, stats.logp, bounds, weights, problem.wants_gradient)
+    if d_logp is not None:
+        coefficient = d_logp.mul_(-grad_scale)
+        if engine.d_hidden is not None:
+            scale_rows(engine.d_hidden, coefficient, layout)
+        head_grad_sweep(engine, blocks, stats, coefficient)
+    engine.release_buffer()
+    return pairs, engine.gradients()
+
+
+def forward_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats) -> Tensor | None:
+    """Statistics of all rows and, where dX is wanted, the rows of R W in its place. Returns the last residual."""
+    residual = None
+    for rows in blocks:
+        if engine.d_hidden is None:
+            engine.stats(rows, stats)
+        else:
+            _, residual = engine.residual(rows, stats)
+            engine.add_hidden_grad(rows, residual, None)
+    return residual
+
+
+def head_grad_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats, coefficient: Tensor) -> None:
+    """DW and db of all rows from recomputed logits."""
+    problem = engine.plan.problem
+    if not (problem.want_weight or problem.want_bias):
+        return
+    for rows in blocks:
+        hidden, residual = engine.residual_again(rows, stats)
+        engine.add_head_grad(hidden, residual, rows.of_labelled(coefficient))
+
+
+def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:
+    """(N_all, D) rows of R W -> dX, in place; ``coefficient`` (N,). Rows without a label keep their zeros."""
+    if layout.rows is not None:
+        full = coefficient.new_zeros(d_hidden.shape[0])
+        coefficient = full.index_copy_(0, layout.rows, coefficient)
+    d_hidden.mul_(coefficient[:, None])
+
+
+def cross_entropy_forward(
+    head: Head, layout: TokenLayout, plan: Plan, coefficient: float
+) -> tuple[Tensor, Gradients]:
+    """(sum of all token losses, gradients of ``coefficient`` times that sum)."""
+    engine = ChunkEngine(head, layout, plan)
+    stats = engine.row_stats()
+    for rows in row_sets(layout, plan):
+        if plan.kind == "eval":
+            engine.stats(rows, stats)
+            continue
+        hidden, residual = engine.residual(rows, stats)
+        factors = stats.loss.new_full((hidden.shape[0],), coefficient)
+        engine.add_hidden_grad(rows, residual, factors)
+        engine.add_head_grad(hidden, residual, factors)
+    engine.release_buffer()
+    return stats.loss.sum(), engine.gradients()
+
+
+def slime_weights(lambdas: Sequence[float], reduction: str, lengths: Sequence[int]) -> SlimeWeights:
+    """Hyperparameters (in the order of `SlimeLossConfig`) with the normalisers of this batch."""
+    num_pairs = len(lengths) // 2
+    token_weight = 1 / sum(lengths[num_pairs:]) if reduction == "token" else 0.0
+    return SlimeWeights(*lambdas, 1 / num_pairs, token_weight)
+
+
+def gradient_scale(dtype: torch.dtype, rows: int) -> float:
+    """A power of two that keeps half-precision gradients of a mean over ``rows`` tokens out of the subnormals.
+
+    The gradients are formed in the forward pass, before a loss scaler's factor can reach them; backward divides
+    by this again. 1 for every dtype with float32's exponent range.
+    """
+    return 2.0 ** max(0, math.floor(math.log2(max(rows, 1))) - 1) if dtype == torch.float16 else 1.0
+
+
+def slime_terms(
+    backend: Backend, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, want_gradient: bool
+) -> tuple[SlimePairs, Tensor | None]:
+    """The terms of P pairs from (N,) log-probs, and dL/dlogp (N,) where wanted."""
+    num_pairs = (cu_seqlens.shape[0] - 1) // 2
+    pairs = SlimePairs(*logp.new_empty(5, num_pairs).unbind())
+    d_logp = torch.empty_like(logp) if want_gradient else None
+    backend.slime_terms(
+        logp,
+        cu_seqlens,
+        weights,
+        chosen_logps=pairs.chosen_logps,
+        rejected_logps=pairs.rejected_logps,
+        anchor=pairs.anchor,
+        margin_loss=pairs.margin_loss,
+        stabilizer=pairs.stabilizer,
+        d_logp=d_logp,
+    )
+    return pairs, d_logp
+
+
+def _chunk_bounds(layout: TokenLayout, plan: Plan) -> Tensor:
+    """The cu_seqlens of every chunk, one after the other, so that one copy takes them to the device."""
+    num_pairs = len(layout.lengths) // 2
+    bounds: list[int] = []
+    for chunk in plan.chunks:
+        chosen = layout.lengths[chunk.begin : chunk.end]
+        rejected = layout.lengths[num_pairs + chunk.begin : num_pairs + chunk.end]
+        bounds += cumulative([*chosen, *rejected])
+    tensor = torch.tensor(bounds, dtype=torch.int32)
+    return tensor.pin_memory() if layout.targets.is_cuda else tensor
+
+
+def _join_pairs(parts: list[SlimePairs]) -> SlimePairs:
+    names = SlimePairs.__dataclass_fields__
+    return SlimePairs(*(join([getattr(p, name) for p in parts]) for name in names))
+
+
+def cumulative(lengths: Sequence[int]) -> list[int]:
+    """[2, 3] -> [0, 2, 5]."""
+    total, result = 0, [0]
+    for length in lengths:
+        total += length
+        result.append(total)
+    return result

@@ -1,0 +1,437 @@
+"""The public functions: check the arguments, pick the defaults, call the operator."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from slime_fused import checks, library, op
+from slime_fused.backends import BACKEND_NAMES
+from slime_fused.backends.base import TokenLoss
+from slime_fused.calls import HeadOptions, Wants, prepare_call
+from slime_fused.config import SlimeLossConfig
+from slime_fused.execute import slime_weights
+from slime_fused.layout import shift_labels
+from slime_fused.op import SlimeParameters
+from slime_fused.output import SlimeOutput
+from slime_fused.plan import Plan
+
+Reduction = Literal["mean", "sum", "none"]
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def slime_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: SlimeLossConfig | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> SlimeOutput:
+    """The SLIME preference loss (arXiv 2602.02383) of a linear head, without materialised logits.
+
+    Args:
+        hidden: (S, T, D) hidden states of S = 2P sequences, rows 0..P-1 the chosen and P..2P-1 the rejected
+            responses of the same pairs; or (N, D), packed, with ``cu_seqlens``. float32, bfloat16, float16; float64
+            on the CPU.
+        weight: (V, D) head weight, in the dtype of ``hidden`` (under autocast both are cast to its dtype).
+        labels: (S, T) or (N,) int64 token ids; ``ignore_index`` marks prompt and padding, which cost nothing.
+        bias: (V,) or None; added before scale and soft cap.
+        cu_seqlens: (S + 1,) int32 boundaries of packed sequences, from 0 to N.
+        config: the loss's hyperparameters; None takes the paper's.
+        shift: position t predicts ``labels[t + 1]`` of the same sequence (labels as the model's input ids).
+        ignore_index: the label of tokens that take no part.
+        logit_scale: multiplies the logits (Cohere; Granite divides).
+        logit_softcap: c, for logits c * tanh(logits / c) after the scale (Gemma 2).
+        backend: "auto", "cuda", "triton", "cpu" or "torch".
+        workspace: "auto", bytes, or a string such as "512MiB": the most that logits-shaped buffers may take.
+            Results do not depend on it beyond rounding.
+
+    Returns:
+        `SlimeOutput`; call ``.loss.backward()``. Gradients reach hidden, weight and bias, each only if it
+        requires one.
+
+    Raises:
+        TypeError, ValueError: before any kernel runs, naming the argument, what was expected and what came. A
+            label out of range is an asynchronous device assertion on a GPU.
+        RuntimeError: in backward, for a second derivative.
+    """
+    config = config or SlimeLossConfig()
+    if not isinstance(config, SlimeLossConfig):
+        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
+    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+        hidden,
+        weight,
+        labels,
+        bias,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        backend,
+        workspace,
+    )
+    if cu_seqlens is None and hidden.dim() != 3:
+        raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
+    checks.check_pairs(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    parameters = SlimeParameters(_numbers(config), config.stabilizer_reduction)
+    wants = Wants.of(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        outputs = library.slime_loss_op(
+            hidden,
+            weight,
+            bias,
+            labels,
+            cu_seqlens,
+            list(parameters.numbers),
+            parameters.reduction,
+            *library.flat_options(options, wants),
+        )[:6]
+    else:
+        outputs = op.SlimeLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
+    return SlimeOutput(*outputs)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> Tensor:
+    """Log-probability of every label, differentiable for any upstream gradient.
+
+    Arguments as `slime_loss`, but for any number of sequences; ``hidden`` (..., D) with ``labels`` (...).
+
+    Returns:
+        Log-probs in the shape of ``labels``, float32 (float64 for float64), 0 where the label is ignored.
+
+    Raises:
+        As `slime_loss`.
+    """
+    return -_token_loss(
+        hidden,
+        weight,
+        labels,
+        bias,
+        cu_seqlens,
+        TokenLoss(),
+        shift,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        backend,
+        workspace,
+    )
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> Tensor:
+    """Log-probability of every sequence: the sum, or the mean, over its labelled tokens. Differentiable.
+
+    Arguments as `slime_loss`, but for any number S of sequences.
+
+    Returns:
+        (S,), float32 (float64 for float64); 0 for a sequence without labels. The order of summation is fixed.
+
+    Raises:
+        As `slime_loss`; ValueError for an unknown reduction.
+    """
+    checks.check_choice("reduction", reduction, ("sum", "mean"))
+    logps = linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        backend=backend,
+        workspace=workspace,
+    )
+    if cu_seqlens is None:
+        length = labels.shape[-1]
+        sequences = labels.numel() // max(length, 1)
+        bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * length
+    else:
+        bounds = cu_seqlens.to(torch.int32)
+    sums = library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
+    if reduction == "sum":
+        return sums
+    counts = _label_counts(labels, cu_seqlens, shift, ignore_index)
+    return sums / counts.clamp(min=1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> Tensor:
+    """Cross-entropy of a linear head: `torch.nn.functional.cross_entropy` of ``hidden @ weight.T``, fused.
+
+    Arguments as `slime_loss`, and:
+
+    Args:
+        reduction: "mean" over labelled tokens, "sum", or "none".
+        label_smoothing: eps in [0, 1], as in `torch.nn.functional.cross_entropy`.
+        z_loss: weight of the square of the log-sum-exp, added per token.
+
+    Returns:
+        A scalar, or for "none" the shape of ``labels`` with 0 where the label is ignored; float32 (float64 for
+        float64).
+
+    Raises:
+        As `slime_loss`; ValueError for "mean" and "sum" where all labels are ignored.
+    """
+    checks.check_choice("reduction", reduction, _REDUCTIONS)
+    checks.check_token_loss(label_smoothing, z_loss)
+    token_loss = TokenLoss(float(label_smoothing), float(z_loss))
+    if reduction == "none":
+        return _token_loss(
+            hidden,
+            weight,
+            labels,
+            bias,
+            cu_seqlens,
+            token_loss,
+            shift,
+            ignore_index,
+            logit_scale,
+            logit_softcap,
+            backend,
+            workspace,
+        )
+    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+        hidden,
+        weight,
+        labels,
+        bias,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        backend,
+        workspace,
+    )
+    wants = Wants.of(hidden, weight, bias)
+    mean = reduction == "mean"
+    if torch.compiler.is_compiling():
+        loss: Tensor = library.cross_entropy_op(
+            hidden,
+            weight,
+            bias,
+            labels,
+            cu_seqlens,
+            mean,
+            token_loss.label_smoothing,
+            token_loss.z_loss,
+            *library.flat_options(options, wants),
+        )[0]
+        return loss
+    return op.CrossEntropyFunction.apply(hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants)
+
+
+def slime_terms(
+    logp: Tensor, cu_seqlens: Tensor, config: SlimeLossConfig | None = None, *, backend: str = "auto"
+) -> SlimeOutput:
+    """The SLIME loss from token log-probs alone, differentiable with respect to them.
+
+    Args:
+        logp: (N,) log-probs of the labelled tokens, float32 or float64: the P chosen responses one after the
+            other, then the P rejected ones.
+        cu_seqlens: (2P + 1,) int32 boundaries of the responses.
+        config: the loss's hyperparameters; None takes the paper's.
+        backend: as in `slime_loss`.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, boundaries that do not fit, an empty response.
+    """
+    config = config or SlimeLossConfig()
+    if not isinstance(logp, Tensor) or logp.dtype not in (torch.float32, torch.float64):
+        got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
+        raise TypeError(f"logp: expected a float32 or float64 tensor, got {got}")
+    if logp.dim() != 1:
+        raise ValueError(f"logp: expected (N,), got shape {tuple(logp.shape)}")
+    checks.check_cu_seqlens(cu_seqlens, logp.device)
+    checks.check_pairs(cu_seqlens.shape[0] - 1)
+    lengths = checks.response_lengths(cu_seqlens, logp.shape[0])
+    weights = slime_weights(_numbers(config), config.stabilizer_reduction, lengths)
+    wants = torch.is_grad_enabled() and logp.requires_grad
+    outputs = op.SlimeTermsFunction.apply(logp.contiguous(), cu_seqlens.to(torch.int32), weights, backend, wants)
+    return SlimeOutput(*outputs)
+
+
+def explain_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss: Literal["slime", "cross_entropy", "token"] = "slime",
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> Plan:
+    """The plan that the same call would run with, as a printable value: chunks, bytes, FLOPs, and why.
+
+    Arguments as `slime_loss`; ``loss`` names the function: "slime", "cross_entropy" (mean or sum), or "token"
+    (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction "none"). Which gradients are wanted is
+    read off ``requires_grad``.
+    """
+    checks.check_choice("loss", loss, ("slime", "cross_entropy", "token"))
+    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+        hidden,
+        weight,
+        labels,
+        bias,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        backend,
+        workspace,
+    )
+    wants = Wants.of(hidden, weight, bias)
+    return prepare_call(loss, hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss()).plan
+
+
+def _token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    token_loss: TokenLoss,
+    *head_options: Any,
+) -> Tensor:
+    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+        hidden, weight, labels, bias, cu_seqlens, *head_options
+    )
+    wants = Wants.of(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        loss: Tensor = library.token_loss_op(
+            hidden,
+            weight,
+            bias,
+            labels,
+            cu_seqlens,
+            token_loss.label_smoothing,
+            token_loss.z_loss,
+            *library.flat_options(options, wants),
+        )[0]
+        return loss
+    return op.TokenLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, token_loss, options, wants)
+
+
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float | None,
+    backend: str,
+    workspace: int | str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
+    """Cast under autocast, then check everything that shows without reading values."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    checks.check_linear(hidden, weight, labels, bias, cu_seqlens)
+    checks.check_transform(logit_scale, logit_softcap)
+    checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
+    options = HeadOptions(
+        bool(shift),
+        int(ignore_index),
+        float(logit_scale),
+        None if logit_softcap is None else float(logit_softcap),
+        backend,
+        workspace,
+    )
+    return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast, its dtype (float64 is left alone, as autocast does); the casts are differentiable."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def _label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+    """(S,) labelled tokens of each sequence."""
+    has_target = (shift_labels(labels, cu_seqlens, ignore_index) if shift else labels) != ignore_index
+    if cu_seqlens is None:
+        return has_target.reshape(-1, labels.shape[-1]).sum(1)
+    cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
+    at_bounds = cumulative[cu_seqlens.long()]
+    return at_bounds[1:] - at_bounds[:-1]
+
+
+def _numbers(config: SlimeLossConfig) -> tuple[float, ...]:
+    return (
+        float(config.lambda_w),
+        float(config.lambda_l),
+        float(config.lambda_d),
+        float(config.delta),
+        float(config.margin_hard),
+        float(config.margin_soft),
+        float(config.kappa),
+        float(config.power),
+    )

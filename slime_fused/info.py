@@ -1,0 +1,31 @@
+"""What was compiled and what runs here."""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module, metadata
+from typing import Any
+
+import torch
+
+from slime_fused.backends import available_backends
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, what the native extension was compiled with, and each backend's state. For bug reports."""
+    try:
+        native: dict[str, Any] | str = import_module("slime_fused._C").build_info()
+    except ImportError as error:
+        native = f"not built: {error}"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "not installed"
+    return {
+        "slime_fused": metadata.version("slime-fused"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "native": native,
+        "backends": {name: reason or "runs here" for name, reason in available_backends().items()},
+    }

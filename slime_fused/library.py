@@ -1,0 +1,284 @@
+"""The same passes as `torch.library` operators, so that a compiled graph can hold them.
+
+A compiled graph calls these; eager code calls the autograd functions of `op.py`, which hand their buffers out
+without a copy. An operator may not change its inputs or keep state, so backward returns new tensors here, and the
+per-token loss forms its logits again. Gradients that nobody wants are empty tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime_fused import execute
+from slime_fused.backends import resolve_backend
+from slime_fused.backends.base import TokenLoss, acc_dtype
+from slime_fused.calls import HeadOptions, Wants, prepare_call
+from slime_fused.engine import Gradients
+from slime_fused.op import SlimeParameters, TokenPass, refuse_second_derivative, run_cross_entropy, run_slime
+
+# Schemas share these fragments; `flat_options` produces the last one's values.
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
+_TOKEN_LOSS = "float label_smoothing, float z_loss"
+_OPTIONS = (
+    "bool shift, int ignore_index, float logit_scale, float? logit_softcap, str backend, str workspace, "
+    "bool want_hidden, bool want_weight, bool want_bias"
+)
+
+
+def flat_options(options: HeadOptions, wants: Wants) -> tuple[Any, ...]:
+    """The values of the schemas' last nine arguments."""
+    o = options
+    workspace = str(o.workspace)
+    fields = (o.shift, o.ignore_index, o.logit_scale, o.logit_softcap, o.backend, workspace)
+    return *fields, wants.hidden, wants.weight, wants.bias
+
+
+def _options(flat: tuple[Any, ...]) -> tuple[HeadOptions, Wants]:
+    return HeadOptions(*flat[:6]), Wants(*flat[6:])
+
+
+def _dense(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d_hidden = hidden.new_empty(0) if gradients.hidden is None else gradients.hidden.view(hidden.shape)
+    d_weight = weight.new_empty(0) if gradients.weight is None else gradients.weight
+    d_bias = weight.new_empty(0) if gradients.bias is None else gradients.bias
+    return d_hidden, d_weight, d_bias
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    want_hidden, want_weight, want_bias = wants
+    return (
+        hidden.new_empty(hidden.shape if want_hidden else (0,)),
+        weight.new_empty(weight.shape if want_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if want_bias else (0,)),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor, ...], scale: float) -> None:
+    ctx.save_for_backward(*gradients)
+    ctx.wanted = inputs[-3:]
+    ctx.num_rest = len(inputs) - 3
+    ctx.scale = scale
+
+
+def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    """Backward of the operators whose gradients were formed in forward."""
+    refuse_second_derivative()
+    factor = upstream / ctx.scale
+    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return *[(g * factor).to(g.dtype) if wanted else None for g, wanted in pairs], *[None] * ctx.num_rest
+
+
+# --- slime_loss: the outputs of SlimeLossFunction, then the scaled gradients ---
+
+
+def _slime_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
+    cu_seqlens, numbers, reduction, *flat = rest
+    parameters = SlimeParameters(tuple(numbers), reduction)
+    options, wants = _options(tuple(flat))
+    outputs, gradients, _, _ = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
+    return *outputs, *_dense(gradients, hidden, weight)
+
+
+def _slime_loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    cu_seqlens = rest[0]
+    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = acc_dtype(hidden.dtype)
+    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(4)]
+    pairs = [hidden.new_empty(sequences // 2, dtype=dtype) for _ in range(2)]
+    return *scalars, *pairs, *_fake_gradients(hidden, weight, rest[-3:])
+
+
+def _slime_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_gradients(ctx, inputs, output[6:], execute.gradient_scale(inputs[0].dtype, inputs[3].numel()))
+    ctx.mark_non_differentiable(*output[1:])
+
+
+slime_loss_op = torch.library.custom_op(
+    "slime_fused::slime_loss",
+    _slime_loss,
+    mutates_args=(),
+    schema=f"({_HEAD}, float[] numbers, str reduction, {_OPTIONS}) -> ({', '.join(['Tensor'] * 9)})",
+)
+slime_loss_op.register_fake(_slime_loss_fake)
+slime_loss_op.register_autograd(_scaled_gradients, setup_context=_slime_loss_setup)
+
+
+# --- linear_cross_entropy: the mean or summed loss, then its scaled gradients ---
+
+
+def _cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    cu_seqlens, mean, label_smoothing, z_loss, *flat = rest
+    token_loss = TokenLoss(label_smoothing, z_loss)
+    loss, gradients, _, _ = run_cross_entropy(
+        hidden, weight, bias, labels, cu_seqlens, mean, token_loss, *_options(tuple(flat))
+    )
+    return loss, *_dense(gradients, hidden, weight)
+
+
+def _cross_entropy_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    loss = hidden.new_empty((), dtype=acc_dtype(hidden.dtype))
+    return loss, *_fake_gradients(hidden, weight, rest[-3:])
+
+
+def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mean = inputs[5]
+    scale = execute.gradient_scale(inputs[0].dtype, inputs[3].numel()) if mean else 1.0
+    _save_gradients(ctx, inputs, output[1:], scale)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+cross_entropy_op = torch.library.custom_op(
+    "slime_fused::linear_cross_entropy",
+    _cross_entropy,
+    mutates_args=(),
+    schema=f"({_HEAD}, bool mean, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+cross_entropy_op.register_fake(_cross_entropy_fake)
+cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_cross_entropy_setup)
+
+
+# --- linear_token_loss: losses like labels; lse and logp (N_all,); R W like hidden ---
+
+
+def _token_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rest: tuple[Any, ...]
+) -> TokenPass:
+    cu_seqlens, label_smoothing, z_loss, *flat = rest
+    token_loss = TokenLoss(label_smoothing, z_loss)
+    options, wants = _options(tuple(flat))
+    call = prepare_call(
+        "token", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss, keeps_residual=False
+    )
+    return TokenPass(call)
+
+
+def _token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        run = _token_pass(hidden, weight, bias, labels, rest)
+        loss = run.forward()
+        # Where every row has a label these are views of one buffer, and an operator's outputs may not share memory.
+        vectors = [x.clone() for x in (loss, run.spread(run.stats.lse), run.spread(run.stats.logp))]
+        unscaled = run.unscaled_hidden_grad
+    d_hidden = hidden.new_empty(0) if unscaled is None else unscaled.view(hidden.shape)
+    return vectors[0].view(labels.shape), vectors[1], vectors[2], d_hidden
+
+
+def _token_loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    dtype = acc_dtype(hidden.dtype)
+    vectors = [hidden.new_empty(labels.numel(), dtype=dtype) for _ in range(2)]
+    unscaled = hidden.new_empty(hidden.shape if rest[-3] else (0,))
+    return hidden.new_empty(labels.shape, dtype=dtype), *vectors, unscaled
+
+
+def _token_loss_backward(
+    upstream: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    unscaled: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        run = _token_pass(hidden, weight, bias, labels, rest)
+        want_hidden = rest[-3]
+        run.resume(unscaled.view(-1, hidden.shape[-1]) if want_hidden else None, lse, logp)
+        # keeps=True: the unscaled gradient is an input here and must not change.
+        return _dense(run.backward(upstream.flatten(), keeps=True), hidden, weight)
+
+
+def _token_loss_backward_fake(
+    upstream: Tensor, lse: Tensor, logp: Tensor, unscaled: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(hidden, weight, rest[-3:])
+
+
+def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:5])
+    ctx.rest = inputs[5:]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _token_loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    refuse_second_derivative()
+    gradients = token_loss_backward_op(upstream, *ctx.saved_tensors, *ctx.rest)
+    wanted = zip(gradients, ctx.rest[-3:], strict=True)
+    return *[g if want else None for g, want in wanted], *[None] * (2 + len(ctx.rest))
+
+
+token_loss_op = torch.library.custom_op(
+    "slime_fused::linear_token_loss",
+    _token_loss,
+    mutates_args=(),
+    schema=f"({_HEAD}, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+token_loss_backward_op = torch.library.custom_op(
+    "slime_fused::linear_token_loss_backward",
+    _token_loss_backward,
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor lse, Tensor logp, Tensor unscaled, {_HEAD}, {_TOKEN_LOSS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+)
+token_loss_op.register_fake(_token_loss_fake)
+token_loss_backward_op.register_fake(_token_loss_backward_fake)
+token_loss_op.register_autograd(_token_loss_autograd, setup_context=_token_loss_setup)
+
+
+# --- segment_sum: (N,) values over S segments ---
+
+
+def _segment_sum(values: Tensor, cu_seqlens: Tensor, mean: bool, backend: str) -> Tensor:
+    out = values.new_empty(cu_seqlens.shape[0] - 1)
+    kernels = resolve_backend(backend, values.device, values.dtype)
+    kernels.segment_sum(values.contiguous(), cu_seqlens.contiguous(), out, mean=mean)
+    return out
+
+
+def _segment_sum_backward(d_out: Tensor, cu_seqlens: Tensor, size: int, mean: bool, backend: str) -> Tensor:
+    # Values beyond the last boundary belong to no segment.
+    d_values = d_out.new_zeros(size)
+    kernels = resolve_backend(backend, d_out.device, d_out.dtype)
+    kernels.segment_sum_backward(d_out.contiguous(), cu_seqlens.contiguous(), d_values, mean=mean)
+    return d_values
+
+
+def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, cu_seqlens, ctx.mean, ctx.backend = inputs
+    ctx.size = values.shape[0]
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _segment_sum_autograd(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivative()
+    (cu_seqlens,) = ctx.saved_tensors
+    return segment_sum_backward_op(upstream, cu_seqlens, ctx.size, ctx.mean, ctx.backend), None, None, None
+
+
+segment_sum_op = torch.library.custom_op(
+    "slime_fused::segment_sum",
+    _segment_sum,
+    mutates_args=(),
+    schema="(Tensor values, Tensor cu_seqlens, bool mean, str backend) -> Tensor",
+)
+segment_sum_backward_op = torch.library.custom_op(
+    "slime_fused::segment_sum_backward",
+    _segment_sum_backward,
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor cu_seqlens, int size, bool mean, str backend) -> Tensor",
+)
+segment_sum_op.register_fake(lambda values, cu_seqlens, mean, backend: values.new_empty(cu_seqlens.shape[0] - 1))
+segment_sum_backward_op.register_fake(lambda d_out, cu_seqlens, size, mean, backend: d_out.new_empty(size))
+segment_sum_op.register_autograd(_segment_sum_autograd, setup_context=_segment_sum_setup)

@@ -1,0 +1,331 @@
+"""The autograd functions, with hand-written backward passes.
+
+`SlimeLossFunction` and `CrossEntropyFunction` form their gradients in the forward pass, where the residual lies
+in the workspace anyway; backward only multiplies them with the upstream scalar. `TokenLossFunction` takes an
+arbitrary upstream gradient per token: R W is formed in forward, and backward scales its rows.
+
+None is twice differentiable, and each says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime_fused import execute
+from slime_fused.backends import resolve_backend
+from slime_fused.backends.base import Backend, SlimeWeights, TokenLoss, acc_dtype
+from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
+from slime_fused.engine import ChunkEngine, Gradients, TokenStats
+from slime_fused.execute import SlimePairs
+
+
+@dataclass(frozen=True)
+class SlimeParameters:
+    """`SlimeLossConfig` in the form that an operator schema can carry."""
+
+    numbers: tuple[float, ...]
+    """lambda_w, lambda_l, lambda_d, delta, margin_hard, margin_soft, kappa, power."""
+    reduction: str
+
+
+class _GradientStore:
+    """Gradients formed in forward, handed out by backward without a copy unless the graph is kept."""
+
+    def __init__(self, gradients: Gradients, backend: Backend, scale: float) -> None:
+        self._gradients: Gradients | None = gradients
+        self._backend = backend
+        self._scale = scale
+
+    def hand_out(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(d_hidden, d_weight, d_bias) times the scalar ``upstream``."""
+        refuse_second_derivative()
+        stored = self._gradients
+        if stored is None:
+            raise RuntimeError(
+                "this loss formed its gradients in the forward pass and handed them out in the first backward(); "
+                "call that with retain_graph=True to go through the graph again"
+            )
+        keeps = graph_is_kept()
+        if not keeps:
+            # The store lets go of the tensors, so that autograd can adopt them as .grad instead of copying.
+            self._gradients = None
+        factor = upstream.to(_factor_dtype(stored, upstream)) / self._scale
+        result = []
+        for gradient in (stored.hidden, stored.weight, stored.bias):
+            if gradient is not None:
+                gradient = gradient.clone() if keeps else gradient
+                self._backend.scale_(gradient, factor)
+            result.append(gradient)
+        return result[0], result[1], result[2]
+
+
+class SlimeLossFunction(torch.autograd.Function):
+    """(loss, anchor, margin_loss, stabilizer, chosen_logps, rejected_logps); only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        parameters: SlimeParameters,
+        options: HeadOptions,
+        wants: Wants,
+    ) -> tuple[Tensor, ...]:
+        """Run the plan; keep the gradients."""
+        outputs, gradients, backend, scale = run_slime(
+            hidden, weight, bias, labels, cu_seqlens, parameters, options, wants
+        )
+        ctx.store = _GradientStore(_like(gradients, hidden), backend, scale)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        """The kept gradients times the upstream scalar."""
+        return *ctx.store.hand_out(upstream), None, None, None, None, None
+
+
+def run_slime(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    parameters: SlimeParameters,
+    options: HeadOptions,
+    wants: Wants,
+) -> tuple[tuple[Tensor, ...], Gradients, Backend, float]:
+    """(the six outputs of `SlimeLossFunction`, scaled gradients, backend, that scale)."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        call = prepare_call("slime", hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss())
+        weights = execute.slime_weights(parameters.numbers, parameters.reduction, call.layout.lengths)
+        scale = execute.gradient_scale(hidden.dtype, labels.numel())
+        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, scale)
+        return loss_outputs(pairs), gradients, call.head.backend, scale
+
+
+def loss_outputs(pairs: SlimePairs) -> tuple[Tensor, ...]:
+    """(loss, anchor, margin_loss, stabilizer, chosen_logps, rejected_logps) from the pairs' shares."""
+    anchor, margin_loss, stabilizer = pairs.anchor.sum(), pairs.margin_loss.sum(), pairs.stabilizer.sum()
+    return (
+        anchor + margin_loss + stabilizer,
+        anchor,
+        margin_loss,
+        stabilizer,
+        pairs.chosen_logps,
+        pairs.rejected_logps,
+    )
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """The mean or summed token loss of a linear head: a scalar in acc dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        mean: bool,
+        token_loss: TokenLoss,
+        options: HeadOptions,
+        wants: Wants,
+    ) -> Tensor:
+        """Run the plan; keep the gradients."""
+        loss, gradients, backend, scale = run_cross_entropy(
+            hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants
+        )
+        ctx.store = _GradientStore(_like(gradients, hidden), backend, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """The kept gradients times the upstream scalar."""
+        return *ctx.store.hand_out(upstream), None, None, None, None, None, None
+
+
+def run_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    mean: bool,
+    token_loss: TokenLoss,
+    options: HeadOptions,
+    wants: Wants,
+) -> tuple[Tensor, Gradients, Backend, float]:
+    """(loss, scaled gradients, backend, that scale)."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        call = prepare_call("cross_entropy", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss)
+        rows = call.layout.num_rows
+        if rows == 0:
+            raise ValueError("labels: expected at least one label that is not ignore_index, got none")
+        share = 1 / rows if mean else 1.0
+        scale = execute.gradient_scale(hidden.dtype, labels.numel()) if mean else 1.0
+        total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share * scale)
+        return total * share, gradients, call.head.backend, scale
+
+
+class TokenLossFunction(torch.autograd.Function):
+    """The loss of every token, in the shape of ``labels``, acc dtype, 0 where the label is ignored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        token_loss: TokenLoss,
+        options: HeadOptions,
+        wants: Wants,
+    ) -> Tensor:
+        """Run the plan; keep R W, the statistics and (where it fits the workspace) R."""
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            call = prepare_call("token", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss)
+            ctx.pass_ = TokenPass(call)
+            # The inputs again, so that an in-place change of one before backward is noticed.
+            ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)))
+            return ctx.pass_.forward().view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        """dX, dW and db for one coefficient per token."""
+        refuse_second_derivative()
+        hidden, *_ = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            gradients = _like(ctx.pass_.backward(upstream.flatten(), keeps=graph_is_kept()), hidden)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None, None
+
+
+class TokenPass:
+    """The two halves of a per-token loss and what the second needs of the first."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._engine = ChunkEngine(call.head, call.layout, call.plan)
+        self._blocks = execute.row_sets(call.layout, call.plan)
+        self.stats: TokenStats = self._engine.row_stats()
+        self._residual: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        """(N_all,) token losses."""
+        plan = self._call.plan
+        if plan.kind == "stream" and self._blocks:
+            _, self._residual = self._engine.residual(self._blocks[0], self.stats)
+            self._engine.add_hidden_grad(self._blocks[0], self._residual, None)
+            problem = plan.problem
+            if not (problem.want_weight or problem.want_bias):
+                self._residual = None
+        else:
+            execute.forward_sweep(self._engine, self._blocks, self.stats)
+        self._engine.release_buffer()
+        return self.spread(self.stats.loss)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N,) of the labelled rows -> (N_all,), 0 elsewhere."""
+        rows = self._call.layout.rows
+        if rows is None:
+            return values
+        return values.new_zeros(self._call.layout.targets.shape[0]).index_copy_(0, rows, values)
+
+    @property
+    def unscaled_hidden_grad(self) -> Tensor | None:
+        """(N_all, D): R W, the gradient of every token's own loss."""
+        return self._engine.d_hidden
+
+    def resume(self, unscaled_hidden_grad: Tensor | None, lse: Tensor, logp: Tensor) -> None:
+        """Take the place of a forward pass whose results these are; ``lse`` and ``logp`` are (N_all,)."""
+        rows = self._call.layout.rows
+        self._engine.d_hidden = unscaled_hidden_grad
+        self.stats = TokenStats(*(x if rows is None else x.index_select(0, rows) for x in (lse, logp, logp)))
+
+    def backward(self, upstream: Tensor, *, keeps: bool) -> Gradients:
+        """Gradients for the coefficients ``upstream`` (N_all,); ``keeps`` leaves this pass fit for another one."""
+        layout, engine = self._call.layout, self._engine
+        unscaled = engine.d_hidden
+        if engine.plan.problem.want_hidden and unscaled is None:
+            raise RuntimeError(
+                "this loss handed its gradients out in the first backward(); call that with retain_graph=True "
+                "to go through the graph again"
+            )
+        coefficient = upstream.to(acc_dtype(self._call.head.hidden.dtype))
+        if layout.rows is not None:
+            coefficient = coefficient.index_select(0, layout.rows)
+        if self._residual is not None:
+            rows = self._blocks[0]
+            engine.add_head_grad(rows.take(self._call.head.hidden), self._residual, coefficient)
+        else:
+            execute.head_grad_sweep(engine, self._blocks, self.stats, coefficient)
+            engine.release_buffer()
+        if unscaled is not None:
+            engine.d_hidden = unscaled.clone() if keeps else unscaled
+            execute.scale_rows(engine.d_hidden, coefficient, layout)
+        gradients = engine.gradients()
+        engine.d_hidden = unscaled if keeps else None
+        if not keeps:
+            self._residual = None
+        return gradients
+
+
+class SlimeTermsFunction(torch.autograd.Function):
+    """The SLIME loss from token log-probs (N,): the outputs of `SlimeLossFunction`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, backend_name: str, wants: bool
+    ) -> tuple[Tensor, ...]:
+        """Terms and their derivative in one visit."""
+        backend = resolve_backend(backend_name, logp.device, logp.dtype)
+        pairs, d_logp = execute.slime_terms(backend, logp, cu_seqlens, weights, wants)
+        outputs = loss_outputs(pairs)
+        if d_logp is not None:
+            ctx.save_for_backward(d_logp)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        """G times the upstream scalar."""
+        refuse_second_derivative()
+        (d_logp,) = ctx.saved_tensors
+        return d_logp * upstream, None, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Backward runs with gradients enabled only under create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "slime_fused losses are not twice differentiable: backward was called with create_graph=True; "
+            "use slime_fused.reference for second derivatives"
+        )
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward was called with retain_graph=True."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def _factor_dtype(gradients: Gradients, upstream: Tensor) -> torch.dtype:
+    for gradient in (gradients.hidden, gradients.weight, gradients.bias):
+        if gradient is not None:
+            return acc_dtype(gradient.dtype)
+    return upstream.dtype
+
+
+def _like(gradients: Gradients, hidden: Tensor) -> Gradients:
+    """With d_hidden in the shape of ``hidden``."""
+    if gradients.hidden is None:
+        return gradients
+    return Gradients(gradients.hidden.view(hidden.shape), gradients.weight, gradients.bias)

@@ -1,0 +1,79 @@
+"""The matrix products: 90 to 97 % of the time, all of them the vendor's (cuBLAS, oneDNN) through PyTorch.
+
+Each function writes into, or adds to, a buffer that its caller owns where PyTorch can, and says where it cannot.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out`` (M, V) = ``hidden`` (M, D) @ ``weight`` (V, D)^T. ``out`` may have padded rows."""
+    if not _is_slow_on_cpu(hidden):
+        torch.mm(hidden, weight.t(), out=out)
+        return
+    hidden32 = hidden.float()
+    for cols in _blocks(weight.shape[0], weight.shape[1] * 4):
+        out[:, cols] = hidden32 @ weight[cols].float().t()
+
+
+def residual_times_weight(residual: Tensor, weight: Tensor) -> Tensor:
+    """R W: (M, V) @ (V, D) -> (M, D), in float32 where the product can round once at the end, after the scaling."""
+    if _is_slow_on_cpu(residual):
+        total = torch.zeros(residual.shape[0], weight.shape[1], dtype=torch.float32, device=residual.device)
+        for cols in _blocks(weight.shape[0], weight.shape[1] * 4):
+            total.addmm_(residual[:, cols].float(), weight[cols].float())
+        return total
+    if residual.is_cuda and residual.dtype in _LOW_PRECISION:
+        return torch.mm(residual, weight, out_dtype=torch.float32)
+    return residual @ weight
+
+
+def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *, is_first: bool) -> None:
+    """``d_weight`` (V, D) [+]= ``residual`` (M, V)^T @ ``scaled_hidden`` (M, D); ``is_first`` overwrites.
+
+    ``d_weight`` is float32 (float64) where several chunks are summed, else it has the dtype of the operands.
+    """
+    is_mixed = d_weight.dtype != residual.dtype
+    if residual.is_cuda and is_mixed:
+        if is_first:
+            torch.mm(residual.t(), scaled_hidden, out_dtype=torch.float32, out=d_weight)
+        else:
+            torch.addmm(d_weight, residual.t(), scaled_hidden, out_dtype=torch.float32, out=d_weight)
+    elif is_mixed or _is_slow_on_cpu(residual):
+        # No CPU product takes 16-bit operands into a float32 result: go through blocks of the vocabulary.
+        upcast = _is_slow_on_cpu(residual)
+        scaled = scaled_hidden.float() if upcast else scaled_hidden
+        row_bytes = scaled.shape[1] * scaled.element_size()
+        for cols in _blocks(d_weight.shape[0], row_bytes):
+            block = (residual[:, cols].float() if upcast else residual[:, cols]).t() @ scaled
+            if is_first:
+                d_weight[cols] = block
+            else:
+                d_weight[cols] += block
+    elif is_first:
+        torch.mm(residual.t(), scaled_hidden, out=d_weight)
+    else:
+        d_weight.addmm_(residual.t(), scaled_hidden)
+
+
+def add_bias_grad(d_bias: Tensor, residual: Tensor, coefficient: Tensor) -> None:
+    """``d_bias`` (V,) acc += ``residual`` (M, V)^T @ ``coefficient`` (M,), accumulated in float32 (float64)."""
+    for cols in _blocks(d_bias.shape[0], residual.shape[0] * d_bias.element_size()):
+        d_bias[cols].addmv_(residual[:, cols].to(d_bias.dtype).t(), coefficient)
+
+
+def _is_slow_on_cpu(operand: Tensor) -> bool:
+    """Half-precision products on a CPU run at a hundredth of the float32 rate: go through float32 blocks."""
+    return operand.dtype == torch.float16 and operand.device.type == "cpu"
+
+
+def _blocks(size: int, row_bytes: int) -> list[slice]:
+    rows = max(1, WEIGHT_GRAD_BLOCK_BYTES // row_bytes)
+    return [slice(i, min(i + rows, size)) for i in range(0, size, rows)]
