@@ -19,7 +19,8 @@ struct Thread {
   uint3 index{};
   int warp = 0;
   int lane = 0;
-  Site barrier_site;  // where it waits, while it waits at the block barrier
+  Site barrier_site;       // where it waits, while it waits at the block barrier
+  char abandon_token = 0;  // for ThreadSanitizer: acquired only by a host that gives the block up
 };
 
 struct LaneSlot {

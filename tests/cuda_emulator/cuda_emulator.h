@@ -20,6 +20,7 @@
 #include <cuda_fp16.h>
 #include <math_constants.h>
 
+// NDEBUG must not be defined: the tests rely on the kernels' own assertions.
 #include <cassert>
 #include <cmath>
 #include <cstdint>
@@ -52,7 +53,9 @@
 // Inlined frames lose their line in a sanitizer's report, and forcing it slows the instrumented build.
 #undef __forceinline__
 #define __forceinline__ inline
+// Empty rather than an attribute: libstdc++ spells the attribute with this very name.
 #undef __noinline__
+#define __noinline__
 
 #define threadIdx (::cuda_emulator::thread_index())
 #define blockIdx (::cuda_emulator::block_index())
@@ -73,16 +76,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t, Arguments&&... arguments) {
   const std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-  const LaunchShape shape{grid, block, shared_bytes, reinterpret_cast<const void*>(kernel), name};
+  const LaunchShape shape{grid, block, shared_bytes, name};
   run_grid(shape, [&] { std::apply(kernel, std::tuple<std::remove_cvref_t<Parameters>...>(values)); });
 }
 
 }  // namespace cuda_emulator
-
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
-}
 
 #include "emulated_functions.h"
 #include "warp_functions.h"

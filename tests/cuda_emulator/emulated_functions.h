@@ -15,7 +15,8 @@
 #include "scheduler.h"
 
 [[noreturn]] inline void __trap(cuda_emulator::Site site = cuda_emulator::Site::current()) {
-  cuda_emulator::fail_thread("__trap()", site);
+  cuda_emulator::record_failure("__trap()", site);
+  cuda_emulator::abandon_block();
 }
 
 // Cache hints change no value.

@@ -5,55 +5,50 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <new>
 #include <string>
-#include <utility>
 
 #include "runtime_state.h"
 
 namespace cuda_emulator {
 namespace {
 
-constexpr unsigned kMaxThreadsPerBlock = 1024;
+constexpr uint64_t kMaxThreads = 1024;
+constexpr unsigned kMaxBlockZ = 64;
+constexpr unsigned kMaxGridX = 0x7fffffffu;
 constexpr unsigned kMaxGridYZ = 65535;
-constexpr size_t kDefaultSharedBytes = 48 * 1024;
-constexpr int kOptInSharedBytes = 227 * 1024;
+constexpr size_t kMaxSharedBytes = 227 * 1024;  // the opt-in limit of one block
 constexpr size_t kSharedAlignment = 1024;
 constexpr unsigned char kFill = 0xFF;
 #ifdef CUDA_EMULATOR_ASAN
-constexpr size_t kCanaryBytes = 0;
+constexpr size_t kCanaryBytes = 0;  // the allocator's own redzone begins at once
 #else
 constexpr size_t kCanaryBytes = 256;
 #endif
 
-cudaError_t last_error = cudaSuccess;
-
-std::map<const void*, int>& shared_limits() {
-  static std::map<const void*, int> limits;
-  return limits;
-}
-
-cudaError_t record(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
+std::string to_string(const dim3& d) {
+  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
 }  // namespace
 
-bool check_launch(const LaunchShape& shape) {
+void check_launch(const LaunchShape& shape) {
   const dim3 grid = shape.grid, block = shape.block;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  const bool bad_grid = grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
-                        grid.y > kMaxGridYZ || grid.z > kMaxGridYZ;
-  if (bad_grid || threads == 0 || threads > kMaxThreadsPerBlock || block.z > 64) {
-    return record(cudaErrorInvalidConfiguration) == cudaSuccess;
+  const auto refuse = [&](const std::string& why) {
+    throw DeviceError(std::string(shape.name) + ": " + why);
+  };
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ ||
+      grid.z > kMaxGridYZ) {
+    refuse("grid " + to_string(grid) + " is outside (1..2^31 - 1, 1..65535, 1..65535)");
   }
-  const auto limit = shared_limits().find(shape.kernel);
-  const size_t most = limit == shared_limits().end()
-                          ? kDefaultSharedBytes
-                          : std::max(kDefaultSharedBytes, static_cast<size_t>(limit->second));
-  return record(shape.dynamic_shared_bytes > most ? cudaErrorInvalidValue : cudaSuccess) == cudaSuccess;
+  if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ) {
+    refuse("block " + to_string(block) + " has no thread, more than 1024, or more than 64 along z");
+  }
+  if (shape.dynamic_shared_bytes > kMaxSharedBytes) {
+    refuse(std::to_string(shape.dynamic_shared_bytes) + " bytes of dynamic shared memory, the limit is " +
+           std::to_string(kMaxSharedBytes));
+  }
 }
 
 DynamicSharedMemory::DynamicSharedMemory(size_t bytes) : bytes_(bytes) {
@@ -73,42 +68,13 @@ bool DynamicSharedMemory::intact() const {
 
 }  // namespace cuda_emulator
 
-using cuda_emulator::last_error;
-using cuda_emulator::record;
-
 extern "C" {
 
-cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last_error; }
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    default:
-      return "cudaErrorUnknown";
-  }
-}
+// Whatever could set an error throws instead.
+cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "no error";
-    case cudaErrorInvalidValue:
-      return "invalid argument";
-    case cudaErrorInvalidConfiguration:
-      return "invalid configuration argument";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
-    default:
-      return "unknown error";
-  }
+  return error == cudaSuccess ? "no error" : "invalid device";
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -121,67 +87,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return record(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 2;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      break;
-    case cudaDevAttrWarpSize:
-      *value = 32;
-      break;
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = cuda_emulator::kMaxThreadsPerBlock;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = cuda_emulator::kDefaultSharedBytes;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = cuda_emulator::kOptInSharedBytes;
-      break;
-    case cudaDevAttrL2CacheSize:
-      *value = 50 << 20;
-      break;
-    default:
-      return record(cudaErrorInvalidValue);
-  }
-  return cudaSuccess;
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || value > cuda_emulator::kOptInSharedBytes) return record(cudaErrorInvalidValue);
-    cuda_emulator::shared_limits()[kernel] = value;
-  }
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memmove(to, from, bytes);
-  return cudaSuccess;
-}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 
 // `assert` in device code ends the launch: files with kernels are compiled with __assert_fail renamed to
 // this.
 [[noreturn]] void cuda_emulator_assert_fail(const char* expression, const char* file, unsigned line,
                                             const char*) {
-  const std::string what =
-      std::string("assertion failed: ") + expression + " at " + file + ":" + std::to_string(line);
-  cuda_emulator::fail_thread(what.c_str());
+  cuda_emulator::record_failure(std::string("assertion failed: ") + expression + " at " + file + ":" +
+                                std::to_string(line));
+  cuda_emulator::abandon_block();
 }
 }

@@ -8,8 +8,8 @@
 
 namespace cuda_emulator {
 
-// Whether a GPU of compute capability 9.0 would take this launch; if not, cudaGetLastError() will say why.
-bool check_launch(const LaunchShape& shape);
+// Throws DeviceError if a GPU of compute capability 9.0 would refuse this launch.
+void check_launch(const LaunchShape& shape);
 
 // The dynamic shared memory of one launch, of exactly the size asked for. What lies behind it is a redzone
 // under AddressSanitizer and a canary otherwise.

@@ -39,6 +39,45 @@ Schedule& current_schedule() {
   return schedule;
 }
 
+std::string describe_waiting(const BlockState& block) {
+  for (const Warp& warp : block.warps) {
+    if (warp.collecting != 0) {
+      const int lane = std::countr_zero(warp.collecting);
+      const int index = static_cast<int>(&warp - block.warps.data());
+      return describe(thread_at(index, lane)) + " waits in a warp collective at " +
+             describe(warp.slots[lane].site);
+    }
+  }
+  for (const Warp& warp : block.warps) {
+    if (warp.at_barrier != 0) {
+      const Thread& thread =
+          thread_at(static_cast<int>(&warp - block.warps.data()), std::countr_zero(warp.at_barrier));
+      return describe(thread) + " waits at __syncthreads at " + describe(thread.barrier_site);
+    }
+  }
+  return "no thread waits";
+}
+
+// Marks a thread that returned from its kernel. True if others wait for it in vain.
+bool leave_block(BlockState& block, const Thread& self) {
+  Warp& warp = block.warps[self.warp];
+  warp.exited |= 1u << self.lane;
+  --block.live;
+  if (block.arrived > 0) {
+    record_failure("exited while " + describe_waiting(block));
+    return true;
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const LaneSlot& slot = warp.slots[lane];
+    if ((warp.collecting >> lane & 1) && (slot.mask >> self.lane & 1)) {
+      record_failure("exited while lane " + std::to_string(lane) + " waits for it in a warp collective at " +
+                     describe(slot.site));
+      return true;
+    }
+  }
+  return false;
+}
+
 // Every fiber lives here for good: it runs the body once per block and hands over after each.
 void fiber_entry() {
   BlockState& block = block_state();
@@ -53,22 +92,14 @@ void fiber_entry() {
       exception = std::string("exception in device code: ") + error.what();
     }
     // Outside the handler: a fiber abandoned inside one would leave the host thread's exception stack in use.
-    if (!exception.empty()) fail_thread(exception.c_str());
+    if (!exception.empty()) {
+      record_failure(exception);
+      exception = std::string();
+      abandon_block();
+    }
     tsan_release(&block.end_token);
 
-    Warp& warp = block.warps[self.warp];
-    warp.exited |= 1u << self.lane;
-    --block.live;
-    if (block.arrived > 0) {
-      fail_thread("exited while other threads wait at __syncthreads");
-    }
-    for (int lane = 0; lane < kWarpSize; ++lane) {
-      if ((warp.collecting >> lane & 1) && (warp.slots[lane].mask >> self.lane & 1)) {
-        const std::string what = "exited while lane " + std::to_string(lane) +
-                                 " waits for it in a warp collective at " + describe(warp.slots[lane].site);
-        fail_thread(what.c_str());
-      }
-    }
+    if (leave_block(block, self)) abandon_block();
     switch_context(self.fiber.context, block.scheduler);
   }
 }
@@ -118,7 +149,9 @@ bool run_pass_at_random(BlockState& block, std::mt19937_64& generator) {
 }
 
 void reset_all_fibers(BlockState& block) {
-  // ThreadSanitizer keeps a call stack per fiber that an abandoned one never unwinds: start with new ones.
+  // ThreadSanitizer keeps a call stack per fiber that an abandoned one never unwinds: start with new ones,
+  // and with all that the old ones did behind us.
+  for (const auto& thread : block.threads) tsan_acquire(&thread->abandon_token);
   block.threads.clear();
 }
 
@@ -137,25 +170,6 @@ void prepare_threads(BlockState& block) {
     const auto n = static_cast<unsigned>(id);
     block.threads[id]->index = uint3{n % dims.x, n / dims.x % dims.y, n / dims.x / dims.y};
   }
-}
-
-std::string describe_waiting(const BlockState& block) {
-  for (const Warp& warp : block.warps) {
-    if (warp.collecting != 0) {
-      const int lane = std::countr_zero(warp.collecting);
-      const int index = static_cast<int>(&warp - block.warps.data());
-      return describe(thread_at(index, lane)) + " waits in a warp collective at " +
-             describe(warp.slots[lane].site);
-    }
-  }
-  for (const Warp& warp : block.warps) {
-    if (warp.at_barrier != 0) {
-      const Thread& thread =
-          thread_at(static_cast<int>(&warp - block.warps.data()), std::countr_zero(warp.at_barrier));
-      return describe(thread) + " waits at __syncthreads at " + describe(thread.barrier_site);
-    }
-  }
-  return "no thread waits";
 }
 
 void run_block(BlockState& block) {
@@ -218,41 +232,51 @@ std::string describe(const Site& site) {
   return std::string(slash ? slash + 1 : site.file_name()) + ":" + std::to_string(site.line());
 }
 
-void park(Thread& thread) { switch_context(thread.fiber.context, block_state().scheduler); }
-
-void fail_thread(const char* what, const Site& site) {
-  fail_thread((std::string(what) + " (" + describe(site) + ")").c_str());
+void park(Thread& thread) {
+  tsan_release(&thread.abandon_token);
+  switch_context(thread.fiber.context, block_state().scheduler);
 }
 
-void fail_thread(const char* what) {
+void record_failure(const std::string& what, const Site& site) {
+  record_failure(what + " (" + describe(site) + ")");
+}
+
+void record_failure(const std::string& what) {
   BlockState& block = block_state();
   block.failed = true;
   block.failure = describe(*block.current) + ": " + what;
-  park(*block.current);
+}
+
+void abandon_block() {
+  park(*block_state().current);
   std::abort();  // the scheduler never resumes a fiber of a failed block
+}
+
+// Whether a thread may join the barrier at which others wait already; records the failure where not.
+static bool matches_waiting_threads(const BlockState& block, BarrierKind kind, const Site& site) {
+  for (size_t warp = 0; warp < block.warps.size(); ++warp) {
+    if (block.warps[warp].at_barrier == 0) continue;
+    const Thread& first = thread_at(static_cast<int>(warp), std::countr_zero(block.warps[warp].at_barrier));
+    const bool same_site = first.barrier_site.line() == site.line() &&
+                           std::strcmp(first.barrier_site.file_name(), site.file_name()) == 0;
+    if (same_site && kind == block.barrier_kind) return true;
+    record_failure(
+        "at another __syncthreads than " + describe(first) + ", which is at " + describe(first.barrier_site),
+        site);
+    return false;
+  }
+  return true;
 }
 
 int block_barrier(BarrierKind kind, int predicate, const Site& site) {
   BlockState& block = block_state();
   Thread& self = *block.current;
   Warp& warp = block.warps[self.warp];
-  if (block.live != block.thread_count)
-    fail_thread("at __syncthreads, which other threads exited without", site);
-  if (block.arrived > 0) {
-    for (const Warp& other : block.warps) {
-      if (other.at_barrier == 0) continue;
-      const Thread& first =
-          thread_at(static_cast<int>(&other - block.warps.data()), std::countr_zero(other.at_barrier));
-      const bool same_site = first.barrier_site.line() == site.line() &&
-                             std::strcmp(first.barrier_site.file_name(), site.file_name()) == 0;
-      if (!same_site || kind != block.barrier_kind) {
-        const std::string what = "at another __syncthreads than " + describe(first) + ", which is at " +
-                                 describe(first.barrier_site);
-        fail_thread(what.c_str(), site);
-      }
-      break;
-    }
+  if (block.live != block.thread_count) {
+    record_failure("at __syncthreads, which other threads exited without", site);
+    abandon_block();
   }
+  if (block.arrived > 0 && !matches_waiting_threads(block, kind, site)) abandon_block();
   block.barrier_kind = kind;
   self.barrier_site = site;
   block.predicate_count += predicate != 0;
@@ -282,7 +306,7 @@ int block_barrier(BarrierKind kind, int predicate, const Site& site) {
 void run_grid(const LaunchShape& shape, const std::function<void()>& body) {
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock(one_launch_at_a_time);
-  if (!check_launch(shape)) return;
+  check_launch(shape);
 
   BlockState& block = block_state();
   block.shape = shape;

@@ -15,6 +15,7 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 
 namespace cuda_emulator {
 
@@ -70,18 +71,22 @@ uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int parameter
 // Bits of the lanes of this warp that have not exited.
 uint32_t live_lanes();
 
-// Ends the launch; the fibers of the block are abandoned where they are.
-[[noreturn]] void fail_thread(const char* what);
-[[noreturn]] void fail_thread(const char* what, const Site& site);
+// Notes what the calling thread did wrong. To be followed by abandon_block(): two steps, because nothing on a
+// fiber's stack is ever destroyed after the second.
+void record_failure(const std::string& what);
+void record_failure(const std::string& what, const Site& site);
+
+// Ends the launch; the fibers of the block are left where they are.
+[[noreturn]] void abandon_block();
 
 struct LaunchShape {
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
-  const void* kernel = nullptr;  // the key under which cudaFuncSetAttribute stored its limit
   const char* name = "";
 };
 
-// Runs body() once per thread. A shape that a GPU would refuse sets cudaGetLastError() instead.
+// Runs body() once per thread. Throws DeviceError where a kernel breaks a rule, and where a GPU of compute
+// capability 9.0 would refuse the launch.
 void run_grid(const LaunchShape& shape, const std::function<void()>& body);
 
 }  // namespace cuda_emulator

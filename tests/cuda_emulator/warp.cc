@@ -72,9 +72,10 @@ void compute_shuffle(Warp& warp, uint32_t mask, const Site& site) {
     const int lane = std::countr_zero(lanes);
     const int source = source_lane(warp.slots[lane], lane);
     if (!(mask >> source & 1)) {
-      const std::string what = "lane " + std::to_string(lane) + " reads lane " + std::to_string(source) +
-                               ", which is not in the shuffle's mask";
-      fail_thread(what.c_str(), site);
+      record_failure("lane " + std::to_string(lane) + " reads lane " + std::to_string(source) +
+                         ", which is not in the shuffle's mask",
+                     site);
+      abandon_block();
     }
     warp.slots[lane].result = warp.slots[source].value;
   }
@@ -124,27 +125,33 @@ void compute(Warp& warp, WarpOp op, uint32_t mask, const Site& site) {
   }
 }
 
-void check_mask(const Thread& self, const Warp& warp, WarpOp op, uint32_t mask, const Site& site) {
-  const auto fail = [&](const std::string& what) { fail_thread((name_of(op) + what).c_str(), site); };
-  if (!(mask >> self.lane & 1)) fail(": the calling lane is not in its own mask");
+// Whether this lane may join; records the failure where not.
+bool check_mask(const Thread& self, const Warp& warp, WarpOp op, uint32_t mask, const Site& site) {
+  const auto fail = [&](const std::string& what) {
+    record_failure(name_of(op) + what, site);
+    return false;
+  };
+  if (!(mask >> self.lane & 1)) return fail(": the calling lane is not in its own mask");
   if (const uint32_t absent = mask & ~warp.present) {
-    fail(": lane " + std::to_string(std::countr_zero(absent)) + " of the mask does not exist in this block");
+    return fail(": lane " + std::to_string(std::countr_zero(absent)) +
+                " of the mask does not exist in this block");
   }
   if (const uint32_t gone = mask & warp.exited) {
-    fail(": lane " + std::to_string(std::countr_zero(gone)) + " of the mask has exited");
+    return fail(": lane " + std::to_string(std::countr_zero(gone)) + " of the mask has exited");
   }
   if (const uint32_t parked = mask & warp.at_barrier) {
     const Thread& other = thread_at(self.warp, std::countr_zero(parked));
-    fail(": the mask names " + describe(other) + ", which waits at __syncthreads at " +
-         describe(other.barrier_site));
+    return fail(": the mask names " + describe(other) + ", which waits at __syncthreads at " +
+                describe(other.barrier_site));
   }
   for (uint32_t lanes = mask & warp.collecting; lanes != 0; lanes &= lanes - 1) {
     const LaneSlot& other = warp.slots[std::countr_zero(lanes)];
     if (other.op != op || other.mask != mask) {
-      fail(": lane " + std::to_string(std::countr_zero(lanes)) + " of the mask waits in " +
-           name_of(other.op) + " with another mask or operation at " + describe(other.site));
+      return fail(": lane " + std::to_string(std::countr_zero(lanes)) + " of the mask waits in " +
+                  name_of(other.op) + " with another mask or operation at " + describe(other.site));
     }
   }
+  return true;
 }
 
 }  // namespace
@@ -161,7 +168,7 @@ uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int parameter
   Thread& self = *block.current;
   Warp& warp = block.warps[self.warp];
   const uint32_t own_bit = 1u << self.lane;
-  check_mask(self, warp, op, mask, site);
+  if (!check_mask(self, warp, op, mask, site)) abandon_block();
 
   if (op == WarpOp::sync) {  // its value tells the others which of this lane's tokens to acquire
     value = warp.sync_turn >> self.lane & 1;
