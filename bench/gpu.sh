@@ -3,10 +3,11 @@
 #
 #   WHEELS=dir   wheels of the peers to install for this run (optional; see bench/README.md)
 #   OUT=dir      where logs and results go (default: bench/results/<device>)
-#   STEPS="..."  which steps, in this order: env build tests sanitizer micro bench (default: all)
+#   STEPS="..."  which steps, in this order: machine build tests sanitizer micro bench (default: all)
 #   BUDGET=s     seconds for the `bench` step (default 240)
 #   CASES="..."  cases of the `bench` step (default: all, most important first)
-#   PYTHON=...   interpreter (default python3)
+#   PYTHON=...   interpreter (default python3); packages go to a temporary environment on top of its own
+#   CUDA=ON|OFF  whether the native kernels are compiled for the GPU (default ON)
 #   DRY_RUN=1    print the commands, and import every Python module they use, without running them
 #
 # A part that fails does not stop the others. The exit code is non-zero if a correctness step (build, tests,
@@ -16,25 +17,18 @@ set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit 2
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-env build tests sanitizer micro bench}
+STEPS=${STEPS:-machine build tests sanitizer micro bench}
 BUDGET=${BUDGET:-240}
 CASES=${CASES:-}
 DRY_RUN=${DRY_RUN:-0}
 WHEELS=${WHEELS:-}
-CORRECTNESS=" build stream-tests tests memcheck racecheck "
-TRITON_TESTS=${TRITON_TESTS:-tests}
+CUDA=${CUDA:-ON}
+CORRECTNESS=" environment build stream-tests tests memcheck racecheck "
 
 device_name() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1; }
 slug() { printf '%s' "$1" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//; s/-$//'; }
-# 9.0 -> 90; Hopper and Blackwell data-centre parts get their architecture-specific instructions (90a, 100a).
-architecture() {
-  local cap
-  cap=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
-  case "$cap" in
-    90 | 100 | 103) printf '%sa' "$cap" ;;
-    *) printf '%s' "$cap" ;;
-  esac
-}
+# Compute capability 9.0 -> 90.
+architecture() { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. '; }
 
 DEVICE=$(device_name)
 OUT=${OUT:-bench/results/$(slug "${DEVICE:-no-gpu}")}
@@ -42,11 +36,10 @@ mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 SCRATCH=$(mktemp -d)
 LOGS=$SCRATCH/logs
-SITE=$SCRATCH/site
-mkdir -p "$LOGS" "$SITE"
+VENV=$SCRATCH/venv
+mkdir -p "$LOGS"
 trap 'rm -rf "$SCRATCH"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 STARTED=$SECONDS
 SUMMARY=()
 FAILED=0
@@ -76,7 +69,7 @@ skip() {
   SUMMARY+=("$(printf '%-14s skipped: %s' "$1" "$2")")
 }
 
-report_environment() {
+report_machine() {
   date -u
   git rev-parse HEAD 2>/dev/null
   nvidia-smi
@@ -93,40 +86,59 @@ for name in ("torch", "triton", "numpy", "transformers", "pytest", "hypothesis",
 PY
 }
 
-# The package at SITE, its extension compiled for this card alone. An installed copy, because the top-level folder
-# triton_kernels/ is the subpackage slime_fused.triton_kernels only after installation.
-build_package() {
-  SLIME_FUSED_CUDA=ON SLIME_FUSED_CUDA_ARCHITECTURES=$(architecture) \
-    CMAKE_ARGS="-DSLIME_FUSED_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=$(architecture)" \
-    "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --upgrade --target "$SITE" -v "$ROOT" &&
-    (cd "$SCRATCH" && "$PYTHON" -c "
-import slime_fused as sf
-print(sf.__file__)
-print(sf.build_info())
-print(sf.available_backends())")
+# An environment that sees everything of PYTHON's own and forgets what is installed into it.
+make_environment() {
+  "$BASE_PYTHON" -m venv --without-pip "$VENV" &&
+    "$BASE_PYTHON" -c 'import sysconfig; print(*{sysconfig.get_path(p) for p in ("purelib", "platlib")}, sep="\n")' \
+      >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth" &&
+    "$VENV/bin/python" -c 'import torch, pip; print("torch", torch.__version__, "pip", pip.__version__)'
 }
 
+# Editable, because the top-level folder triton_kernels/ is the subpackage slime_fused.triton_kernels only after
+# installation; compiled for this card alone.
+build_package() {
+  SLIME_FUSED_CUDA=$1 SLIME_FUSED_CUDA_ARCHS=$(architecture) "$VENV/bin/python" -m pip install -v \
+    --no-build-isolation --no-deps --no-index -e "$ROOT" &&
+    "$VENV/bin/python" -c "
+import slime_fused, slime_fused.triton_kernels
+print(slime_fused.__file__, slime_fused.triton_kernels.__file__)
+print(slime_fused.build_info())
+print(slime_fused.available_backends())"
+}
+
+# One by one: a wheel for another Python must not keep the others out.
 install_wheels() {
-  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$SITE" "$WHEELS"/*.whl
+  local wheel code=0
+  for wheel in "$WHEELS"/*.whl; do
+    "$VENV/bin/python" -m pip install -q --no-index --no-deps --no-compile "$wheel" || code=1
+  done
+  return $code
 }
 
 import_modules() {
   "$PYTHON" - <<'PY'
 import importlib
 for name in ("bench.cases", "bench.contestants", "bench.cpu", "bench.gpu", "bench.measure", "bench.oracle",
-             "bench.peers", "bench.registry", "bench.report", "bench.results", "bench.runner", "bench.worker"):
+             "bench.peers", "bench.registry", "bench.report", "bench.results", "bench.runner", "bench.sanitize",
+             "bench.worker"):
     importlib.import_module(name)
     print("imported", name)
 PY
 }
-export -f report_environment build_package install_wheels architecture
-export PYTHON ROOT SITE SCRATCH WHEELS
+# cmake and ninja may live beside the interpreter only.
+PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
+export -f report_machine make_environment build_package install_wheels architecture
+export PYTHON ROOT VENV WHEELS BASE_PYTHON=$PYTHON
 
 wants() { [[ " $STEPS " == *" $1 "* ]]; }
 
+if part environment 60 bash -c make_environment && [[ $DRY_RUN != 1 ]]; then PYTHON=$VENV/bin/python; fi
 if [[ -n $WHEELS ]]; then part wheels 120 bash -c install_wheels; fi
-if wants env; then TAIL=40 part env 90 bash -c report_environment; fi
-if wants build; then part build 240 bash -c build_package; fi
+if wants machine; then TAIL=60 part machine 90 bash -c report_machine; fi
+if wants build && ! part build 240 bash -c "build_package $CUDA"; then
+  # Without the native kernels the Triton backend can still be tested and timed.
+  part build-cpu 120 bash -c "build_package OFF"
+fi
 
 if wants tests; then
   # A kernel on the wrong stream makes every later number meaningless, so that is asked first.
@@ -139,7 +151,6 @@ if wants sanitizer; then
   if command -v compute-sanitizer >/dev/null 2>&1 || [[ $DRY_RUN == 1 ]]; then
     for tool in memcheck racecheck; do
       part $tool 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-        --kernel-name-exclude regex:'.*(cutlass|gemm|at::native|cublas).*' \
         "$PYTHON" -m bench.sanitize
     done
   else

@@ -34,11 +34,11 @@ def peer_versions() -> dict[str, str]:
     return versions
 
 
-def _needs(*modules: str) -> Refusal:
-    """A refusal for a machine without a GPU or without one of ``modules`` (top-level names)."""
+def _needs(*modules: str, gpu: bool = True) -> Refusal:
+    """A refusal for a machine without one of ``modules`` (top-level names) or, with ``gpu``, without a GPU."""
 
     def refuses(case: Case, device: torch.device) -> str | None:
-        if device.type != "cuda":
+        if gpu and device.type != "cuda":
             return "its kernels need a GPU"
         missing = [module for module in modules if util.find_spec(module) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
@@ -156,7 +156,7 @@ PEERS = (
         "trl",
         _trl_logps,
         "ChunkedLogProbFunction as its trainers call it; SLIME terms in PyTorch",
-        refuses=_needs("trl", "datasets"),
+        refuses=_needs("trl", "datasets", gpu=False),
     ),
     logps_contestant(
         "cce",
