@@ -22,6 +22,7 @@ Target = Literal["planted_bugs", "_C_emulated"]
 SOURCE = Path(__file__).resolve().parent
 REPOSITORY = SOURCE.parent.parent
 BUILD_JOBS = 2
+REPORT_STATUS = 66  # the exit status of a process in which a sanitizer found something
 
 
 class EmulatorUnavailable(RuntimeError):
@@ -94,14 +95,16 @@ def sanitizer_environment(mode: Mode) -> dict[str, str]:
     """
     libraries = {"plain": [], "asan": ["libasan.so", "libubsan.so"], "tsan": ["libtsan.so"]}[mode]
     paths = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in libraries
     ]
     return {
         "LD_PRELOAD": " ".join(paths),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "exitcode=66",
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORT_STATUS}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORT_STATUS}",
+        "TSAN_OPTIONS": f"exitcode={REPORT_STATUS}",
     }
 
 
