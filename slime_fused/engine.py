@@ -111,8 +111,8 @@ class ChunkEngine:
 
     def row_stats(self) -> TokenStats:
         """Uninitialised statistics of all labelled rows."""
-        lse, logp, loss = self._empty(3, self.targets.shape[0]).unbind()
-        return TokenStats(lse, logp, loss)
+        rows = self.targets.shape[0]
+        return TokenStats(self._empty(rows), self._empty(rows), self._empty(rows))
 
     def logits(self, rows: RowSet) -> tuple[Tensor, Tensor]:
         """(hidden states (M, D), their raw logits (M, V)) of a chunk; the logits live until the next call."""
@@ -146,8 +146,9 @@ class ChunkEngine:
             logit_sum=logit_sum if smoothing else None,
             merge=False,
         )
-        lse = row_sum.log_().add_(row_max)
-        logp = label_logit.sub_(lse)
+        log_sum = row_sum.log_()
+        logp = label_logit.sub_(row_max).sub_(log_sum)
+        lse = log_sum.add_(row_max)
         loss = (smoothing - 1) * logp
         if smoothing:
             loss += smoothing * (lse - logit_sum / vocab)

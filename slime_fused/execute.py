@@ -144,7 +144,7 @@ def slime_weights(lambdas: Sequence[float], reduction: str, lengths: Sequence[in
     """Hyperparameters (in the order of `SlimeLossConfig`) with the normalisers of this batch."""
     num_pairs = len(lengths) // 2
     token_weight = 1 / sum(lengths[num_pairs:]) if reduction == "token" else 0.0
-    return SlimeWeights(*lambdas, 1 / num_pairs, token_weight)
+    return SlimeWeights(*(*lambdas, 1 / num_pairs, token_weight))
 
 
 def gradient_scale(dtype: torch.dtype, rows: int) -> float:
@@ -161,7 +161,7 @@ def slime_terms(
 ) -> tuple[SlimePairs, Tensor | None]:
     """The terms of P pairs from (N,) log-probs, and dL/dlogp (N,) where wanted."""
     num_pairs = (cu_seqlens.shape[0] - 1) // 2
-    pairs = SlimePairs(*logp.new_empty(5, num_pairs).unbind())
+    pairs = SlimePairs(*(logp.new_empty(num_pairs) for _ in range(5)))
     d_logp = torch.empty_like(logp) if want_gradient else None
     backend.slime_terms(
         logp,

@@ -106,8 +106,9 @@ class LogitsLossFunction(torch.autograd.Function):
             logit_sum=logit_sum if eps else None,
             merge=False,
         )
-        lse = row_sum.log().add_(row_max)
-        logp = label_logit - lse
+        log_sum = row_sum.log_()
+        logp = label_logit.sub_(row_max).sub_(log_sum)
+        lse = log_sum.add_(row_max)
         loss = (eps - 1) * logp
         if eps:
             loss += eps * (lse - logit_sum / vocab)

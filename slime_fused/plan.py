@@ -134,8 +134,8 @@ class Plan:
         ]
         lines = [
             f"plan         {self.kind}: {self.reason}",
-            f"problem      {p.operation}: {p.rows} labelled rows x {p.vocab_size} vocabulary x {p.hidden_size} hidden"
-            f", {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
+            f"problem      {p.operation}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
+            f"x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows",
             f"workspace    {format_bytes(self.workspace_bytes)} of {format_bytes(self.workspace)} "
             f"(all logits at once: {format_bytes(p.rows * p.row_pitch * p.itemsize)})",

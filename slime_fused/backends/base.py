@@ -104,7 +104,9 @@ class Backend(Protocol):
         """Write d(token loss)/d(raw logits) to ``out`` (M, V), which may be ``logits`` itself.
 
         Also writes ``lse`` (M,) = log sum_v exp z_v, ``logp`` (M,) = z_label - lse and, where asked for,
-        ``loss`` (M,), all in acc dtype. The label's entry comes from expm1(logp), so that it does not cancel.
+        ``loss`` (M,), all in acc dtype. ``logp`` is formed as (z_label - max) - log sum_v exp(z_v - max): with
+        logits of 1e4 the rounding of lse alone would be 1e-3. The label's entry comes from expm1(logp), so that it
+        does not cancel.
         """
 
     def logits_stats(

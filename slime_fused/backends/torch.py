@@ -64,16 +64,17 @@ class TorchBackend:
         z = transform_logits(logits, bias, head)
         _check_labels(labels, logits.shape[1])
         ignored = labels < 0
-        z_label = z.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        at_label = labels.clamp(min=0)[:, None]
         lse.copy_(torch.logsumexp(z, dim=1).masked_fill_(ignored, 0))
-        logp.copy_((z_label - lse).masked_fill_(ignored, 0))
+        logp.copy_(torch.log_softmax(z, dim=1).gather(1, at_label).squeeze(1).masked_fill_(ignored, 0))
         if loss is not None:
             eps, vocab = token_loss.label_smoothing, logits.shape[1]
             value = -(1 - eps) * logp + token_loss.z_loss * lse**2
             if eps:
                 value = value + eps * (lse - z.sum(1) / vocab)
             loss.copy_(value.masked_fill_(ignored, 0))
-        self._write_residual(z, out, labels, head, token_loss, 0, logits.shape[1], lse, logp, None)
+        softmax = torch.softmax(z, dim=1)
+        self._write_residual(softmax, z, out, labels, head, token_loss, 0, logits.shape[1], lse, logp, None)
 
     def logits_stats(
         self,
@@ -131,10 +132,14 @@ class TorchBackend:
             return
         _check_labels(labels, vocab_size)
         z = transform_logits(logits, bias, head)
-        self._write_residual(z, out, labels, head, token_loss, col_offset, vocab_size, lse, logp, row_scale)
+        softmax = torch.exp(z - lse[:, None])
+        self._write_residual(
+            softmax, z, out, labels, head, token_loss, col_offset, vocab_size, lse, logp, row_scale
+        )
 
     def _write_residual(
         self,
+        residual: Tensor,
         z: Tensor,
         out: Tensor,
         labels: Tensor,
@@ -148,7 +153,6 @@ class TorchBackend:
     ) -> None:
         eps, z_loss = token_loss.label_smoothing, token_loss.z_loss
         ignored = labels < 0
-        residual = torch.exp(z - lse[:, None])
         if z_loss:
             residual *= (1 + 2 * z_loss * lse)[:, None]
         if eps:

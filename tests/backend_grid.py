@@ -1,0 +1,382 @@
+"""One grid for every backend: each contract function against float64, for every feature it fuses.
+
+The truth is PyTorch's autograd in float64 on the same (already rounded) inputs. The tolerance of an element is
+the error that plain PyTorch makes there in the same dtype (statistics in float32), plus one rounding of the output
+and a floor of a few float32 units: never a round number that happens to pass.
+
+Why these cases suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off
+alignment with a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs
+from 0 over 1 to more rows than a small grid; and each fused feature (bias, scale, soft cap, smoothing, z-loss, ignored
+rows) is on alone and all are on together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, TokenLoss, acc_dtype
+
+PLAIN_HEAD = HeadTransform()
+NLL = TokenLoss()
+
+
+@dataclass(frozen=True)
+class RowCase:
+    """One problem of the row kernels."""
+
+    name: str
+    rows: int = 5
+    vocab: int = 37
+    pitch: int = 0
+    """Elements between rows; 0: no padding."""
+    dtype: torch.dtype = torch.float32
+    has_bias: bool = False
+    head: HeadTransform = PLAIN_HEAD
+    token_loss: TokenLoss = NLL
+    ignored: tuple[int, ...] = ()
+    spread: float = 3.0
+    """Standard deviation of the logits."""
+
+
+FEATURES = (
+    RowCase("plain"),
+    RowCase("bias", has_bias=True),
+    RowCase("scale", head=HeadTransform(scale=0.25)),
+    RowCase("softcap", head=HeadTransform(softcap=5.0)),
+    RowCase("scale_softcap_bias", has_bias=True, head=HeadTransform(scale=2.0, softcap=10.0)),
+    RowCase("smoothing", token_loss=TokenLoss(label_smoothing=0.1)),
+    RowCase("z_loss", token_loss=TokenLoss(z_loss=0.01)),
+    RowCase(
+        "all",
+        has_bias=True,
+        head=HeadTransform(scale=0.5, softcap=8.0),
+        token_loss=TokenLoss(0.2, 0.02),
+        ignored=(0, 3),
+    ),
+    RowCase("ignored", ignored=(1, 4)),
+    RowCase("likely_labels", spread=12.0),
+)
+SIZES = (
+    RowCase("no_rows", rows=0),
+    RowCase("one_column", vocab=1),
+    RowCase("two_columns", vocab=2, rows=3),
+    RowCase("unaligned_rows", vocab=1000, pitch=1003, rows=7),
+    RowCase("aligned", vocab=4096, rows=3),
+    RowCase("many_rows", vocab=64, rows=300),
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def row_cases(dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[RowCase]:
+    """Every feature and every size, in every dtype."""
+    return [replace(c, dtype=d, name=f"{c.name}-{str(d)[6:]}") for d in dtypes for c in (*FEATURES, *SIZES)]
+
+
+@dataclass
+class RowData:
+    """Tensors of a case, and the truth about them."""
+
+    case: RowCase
+    device: torch.device
+    raw: Tensor = field(init=False)
+    labels: Tensor = field(init=False)
+    bias: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.case
+        generator = torch.Generator().manual_seed(c.rows * 7919 + c.vocab)
+        pitch = c.pitch or c.vocab
+        values = c.spread * torch.randn(c.rows, pitch, generator=generator, dtype=torch.float64)
+        labels = torch.randint(0, c.vocab, (c.rows,), generator=generator)
+        if c.name.startswith("likely_labels"):
+            labels = values[:, : c.vocab].argmax(1)
+        labels[list(c.ignored)] = -1
+        bias = torch.randn(c.vocab, generator=generator).to(c.dtype)
+        self.raw = values.to(c.dtype).to(self.device)[:, : c.vocab]
+        self.labels = labels.to(self.device)
+        self.bias = bias.to(self.device) if c.has_bias else None
+
+    def empty_rows(self, count: int) -> tuple[Tensor, ...]:
+        """Poisoned (M,) outputs: an element nobody wrote shows as NaN."""
+        shape = (count, self.case.rows)
+        return torch.full(shape, torch.nan, dtype=acc_dtype(self.case.dtype), device=self.device).unbind()
+
+    def expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Residual, lse, logp and loss by autograd in ``dtype``, on the CPU."""
+        c = self.case
+        raw = self.raw.cpu().to(dtype).detach().requires_grad_()
+        z = raw if self.bias is None else raw + self.bias.cpu().to(dtype)
+        z = z * c.head.scale
+        if c.head.softcap is not None:
+            z = c.head.softcap * torch.tanh(z / c.head.softcap)
+        labels = self.labels.cpu()
+        keep = labels >= 0
+        lse = torch.logsumexp(z, 1)
+        # Not z - lse: the rounding of lse would be as large as what a float64 backend may err.
+        logp = torch.log_softmax(z, 1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+        eps = c.token_loss.label_smoothing
+        loss = -(1 - eps) * logp + eps * (lse - z.mean(1)) + c.token_loss.z_loss * lse**2
+        (loss * keep).sum().backward()
+        assert raw.grad is not None
+        return {
+            "residual": raw.grad,
+            "lse": (lse * keep).detach(),
+            "logp": (logp * keep).detach(),
+            "loss": (loss * keep).detach(),
+        }
+
+    def check(self, name: str, got: Tensor, scale: Tensor | None = None) -> None:
+        """Assert that ``got`` is as near to the truth as plain PyTorch is, plus a rounding and a floor."""
+        truth = self.expected(torch.float64)[name]
+        plain = self.expected(acc_dtype(self.case.dtype))[name]
+        if scale is not None:
+            truth = truth * scale.cpu().double()[:, None]
+            plain = plain * scale.cpu().to(plain.dtype)[:, None]
+        assert_as_exact(got, truth, plain, name)
+
+
+def assert_as_exact(got: Tensor, truth: Tensor, plain: Tensor, name: str = "result") -> None:
+    """|got - truth| <= |plain - truth| + one rounding of the output dtype + a few units of the accumulator."""
+    got64 = got.detach().cpu().double()
+    unit = torch.finfo(acc_dtype(got.dtype)).eps
+    rounding = torch.finfo(got.dtype).eps / 2 if got.dtype != acc_dtype(got.dtype) else 0.0
+    smallest = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
+    magnitude = truth.abs().clamp(max=1e30)
+    tolerance = (plain.double() - truth).abs() + (rounding * 1.01 + 32 * unit) * magnitude + 8 * unit + smallest
+    error = (got64 - truth).abs()
+    worst = (error - tolerance).nan_to_num(nan=torch.inf)
+    same = (got64 == truth) | (got64.isnan() & truth.isnan())
+    bad = (worst > 0) & ~same
+    if bad.any():
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{name}{where}: got {got64[where].item():.9g}, truth {truth[where].item():.9g}, "
+            f"plain PyTorch {plain[where].item():.9g}, tolerance {tolerance[where].item():.3g} "
+            f"({int(bad.sum())} of {bad.numel()} elements)"
+        )
+
+
+def check_softmax_residual(backend: Backend, case: RowCase, device: torch.device) -> None:
+    """In place and out of place give the same bits, the truth's numbers, and leave the padding alone."""
+    data = RowData(case, device)
+    lse, logp, loss = data.empty_rows(3)
+    out = torch.full_like(data.raw, torch.nan)
+    backend.softmax_residual(
+        data.raw, out, data.labels, data.bias, case.head, case.token_loss, lse=lse, logp=logp, loss=loss
+    )
+    for name, got in (("residual", out), ("lse", lse), ("logp", logp), ("loss", loss)):
+        data.check(name, got)
+    again = RowData(case, device)
+    pitch = again.raw.stride(0) if case.rows else case.vocab
+    whole = again.raw.as_strided((case.rows, pitch), (pitch, 1))
+    padding = whole[:, case.vocab :].clone()
+    lse2, logp2 = again.empty_rows(2)
+    backend.softmax_residual(
+        again.raw, again.raw, again.labels, again.bias, case.head, case.token_loss, lse=lse2, logp=logp2, loss=None
+    )
+    assert torch.equal(again.raw, out)
+    assert torch.equal(lse, lse2)
+    assert torch.equal(logp, logp2)
+    assert torch.equal(whole[:, case.vocab :], padding)
+
+
+def check_stats_then_residual(backend: Backend, case: RowCase, device: torch.device, shards: int) -> None:
+    """Statistics merged over ``shards`` blocks of columns, then the residual of each block from them."""
+    data = RowData(case, device)
+    row_max, row_sum, label_logit, logit_sum = data.empty_rows(4)
+    bounds = [case.vocab * i // shards for i in range(shards + 1)]
+    spans = [(a, b) for a, b in pairwise(bounds) if b > a]
+    for i, (a, b) in enumerate(spans):
+        backend.logits_stats(
+            data.raw[:, a:b],
+            data.labels,
+            None if data.bias is None else data.bias[a:b].contiguous(),
+            case.head,
+            col_offset=a,
+            row_max=row_max,
+            row_sum=row_sum,
+            label_logit=label_logit,
+            logit_sum=logit_sum,
+            merge=i > 0,
+        )
+    keep = data.labels >= 0
+    all_lse = row_max + row_sum.log()
+    lse = all_lse * keep
+    logp = (label_logit - all_lse) * keep
+    eps = case.token_loss.label_smoothing
+    loss = -(1 - eps) * logp + (eps * (all_lse - logit_sum / case.vocab) + case.token_loss.z_loss * lse**2) * keep
+    for name, got in (("lse", lse), ("logp", logp), ("loss", loss)):
+        data.check(name, got)
+    row_scale = torch.linspace(-2, 3, max(case.rows, 1), device=device)[: case.rows].to(lse.dtype)
+    for scale in (None, row_scale):
+        out = torch.full_like(data.raw, torch.nan)
+        for a, b in spans:
+            backend.residual_from_stats(
+                data.raw[:, a:b],
+                out[:, a:b],
+                data.labels,
+                None if data.bias is None else data.bias[a:b].contiguous(),
+                case.head,
+                case.token_loss,
+                col_offset=a,
+                vocab_size=case.vocab,
+                lse=lse,
+                logp=logp,
+                row_scale=scale,
+            )
+        data.check("residual", out, scale)
+
+
+def check_extreme_logits(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    """Masked vocabulary (-inf), huge logits, certain and impossible labels, and NaN."""
+    big = 1e4
+    rows = [
+        [0.0, 1.0, -torch.inf, 2.0],  # masked vocabulary
+        [-torch.inf, -torch.inf, 5.0, -torch.inf],  # one survivor: probability 1 at the label
+        [big, -big, 0.0, 1.0],  # probability 1 at the label
+        [big, -big, 0.0, 1.0],  # probability 0 at the label
+        [-big, -big, -big, -big],
+        [0.0, torch.nan, 1.0, 2.0],
+        [-torch.inf] * 4,
+    ]
+    labels = torch.tensor([3, 2, 0, 1, 2, 0, 0], device=device)
+    raw = torch.tensor(rows, dtype=torch.float64).to(dtype).to(device)
+    lse, logp, loss = torch.full((3, len(rows)), torch.nan, dtype=acc_dtype(dtype), device=device).unbind()
+    out = torch.full_like(raw, torch.nan)
+    backend.softmax_residual(raw, out, labels, None, PLAIN_HEAD, NLL, lse=lse, logp=logp, loss=loss)
+    z = raw.cpu().double()
+    truth_lse = torch.logsumexp(z, 1)
+    at_label = labels.cpu()[:, None]
+    truth_logp = torch.log_softmax(z, 1).gather(1, at_label).squeeze(1)
+    truth = torch.softmax(z, 1) - F.one_hot(labels.cpu(), 4)
+    finite = slice(0, 5)
+    assert_as_exact(lse[finite], truth_lse[finite], truth_lse[finite].to(lse.dtype), "lse")
+    assert_as_exact(logp[finite], truth_logp[finite], truth_logp[finite].to(lse.dtype), "logp")
+    assert_as_exact(out[finite], truth[finite], truth[finite], "residual")
+    assert lse[5].isnan()
+    assert out[5].isnan().all()
+    assert not logp[5].isfinite()
+    assert not logp[6].isfinite()
+
+
+def check_target_does_not_cancel(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    """At p = 0.999 the label's entry keeps its relative precision: softmax - 1 in 16 bits would lose all of it."""
+    gap = torch.tensor([0.999, 0.9999, 0.99999], dtype=torch.float64).logit()
+    raw = torch.stack([gap, torch.zeros(3, dtype=torch.float64)], 1).to(dtype).to(device)
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    lse, logp = torch.empty(2, 3, dtype=acc_dtype(dtype), device=device).unbind()
+    out = torch.full_like(raw, torch.nan)
+    backend.softmax_residual(raw, out, labels, None, PLAIN_HEAD, NLL, lse=lse, logp=logp, loss=None)
+    truth = torch.expm1(torch.log_softmax(raw.cpu().double(), 1)[:, 0])
+    # lse - z carries an absolute error of a unit of lse (about 10), which is relative to 1 - p here.
+    slack = 16 * torch.finfo(acc_dtype(dtype)).eps
+    rounding = torch.finfo(dtype).eps
+    assert ((out[:, 0].cpu().double() - truth).abs() <= rounding * truth.abs() + slack).all()
+
+
+SEGMENTS = ((3, 1, 0, 7), (1,), (5000, 2), (1,) * 70)
+
+
+def check_segment_sum(backend: Backend, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Sums, means and their gradients over segments of any length, empty ones included."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    values = torch.randn(sum(lengths), generator=generator, dtype=torch.float64).to(dtype)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = bounds.to(torch.int32).to(device)
+    pieces = torch.split(values, list(lengths))
+    d_out = torch.randn(len(lengths), generator=generator, dtype=torch.float64).to(dtype)
+    for mean in (False, True):
+        divisors = [max(n, 1) if mean else 1 for n in lengths]
+        truth = torch.stack([p.double().sum() / n for p, n in zip(pieces, divisors, strict=True)])
+        plain = torch.stack([p.sum() / n for p, n in zip(pieces, divisors, strict=True)])
+        out = torch.full((len(lengths),), torch.nan, dtype=dtype, device=device)
+        backend.segment_sum(values.to(device), cu_seqlens, out, mean=mean)
+        # A sum's rounding grows with the magnitude of what it adds, not with its result.
+        volume = torch.stack([p.double().abs().sum() / n for p, n in zip(pieces, divisors, strict=True)])
+        allowed = (plain.double() - truth).abs() + 8 * torch.finfo(dtype).eps * (volume + truth.abs())
+        assert ((out.cpu().double() - truth).abs() <= allowed).all()
+        d_values = torch.full_like(values, torch.nan, device=device)
+        backend.segment_sum_backward(d_out.to(device), cu_seqlens, d_values, mean=mean)
+        expected = torch.cat([(d / n).expand(len(p)) for d, n, p in zip(d_out, divisors, pieces, strict=True)])
+        torch.testing.assert_close(d_values.cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+WEIGHTS = {
+    "sequence": SlimeWeights(0.1, 0.1, 1.0, 1.25, 1.5, 1.0, 2.5, 2.5, 0.25, 0.0),
+    "token": SlimeWeights(0.3, 0.05, 2.0, 0.5, 2.0, 0.5, 1.5, 1.0, 0.125, 1 / 40),
+}
+
+
+def check_slime_terms(backend: Backend, weights: SlimeWeights, dtype: torch.dtype, device: torch.device) -> None:
+    """Terms and g against autograd in float64: 1-token responses, very unequal pairs, both sides of the hinge."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (1, 40, 3, 700, 1, 2, 900, 7)
+    num_pairs = len(lengths) // 2
+    logp = (-3 * torch.rand(sum(lengths), generator=generator, dtype=torch.float64) ** 2).to(dtype)
+    logp[:41] *= 0.01  # pairs 0 and 1: margins beyond margin_hard
+    logp[-1] = 0.0  # a certain token
+    logp[-2] = -80.0  # and a hopeless one
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    leaf = logp.double().requires_grad_()
+    parts = torch.split(leaf, list(lengths))
+    chosen = torch.stack([p.mean() for p in parts[:num_pairs]])
+    rejected = torch.stack([p.mean() for p in parts[num_pairs:]])
+    w = weights
+    margin = chosen - rejected
+    anchor = -w.lambda_w * w.pair_weight * chosen
+    gate = torch.sigmoid(-w.kappa * (margin - w.margin_soft))
+    margin_loss = w.lambda_d * w.pair_weight * torch.relu(w.margin_hard - margin) * gate
+    stabilizer = torch.stack(
+        [
+            (w.lambda_l * (w.token_weight or w.pair_weight / len(p)) * F.softplus(-p - w.delta) ** w.power).sum()
+            for p in parts[num_pairs:]
+        ]
+    )
+    (anchor + margin_loss + stabilizer).sum().backward()
+    assert leaf.grad is not None
+    truths = [chosen, rejected, anchor, margin_loss, stabilizer]
+
+    outs = [torch.full((num_pairs,), torch.nan, dtype=dtype, device=device) for _ in range(5)]
+    names = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
+    d_logp = torch.full_like(logp, torch.nan, device=device)
+    kwargs = dict(zip(names, outs, strict=True))
+    backend.slime_terms(logp.to(device), cu_seqlens.to(device), weights, d_logp=d_logp, **kwargs)
+    for name, got, truth in zip(names, outs, truths, strict=True):
+        assert_as_exact(got, truth.detach(), truth.detach().to(dtype), name)
+    assert_as_exact(d_logp, leaf.grad, leaf.grad.to(dtype), "d_logp")
+    before = [o.clone() for o in outs]
+    backend.slime_terms(logp.to(device), cu_seqlens.to(device), weights, d_logp=None, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(before, outs, strict=True))
+
+
+def check_margin_at_the_hinge(backend: Backend, device: torch.device) -> None:
+    """At D = margin_hard exactly the margin term has gradient 0, as the derivation says."""
+    weights = replace(WEIGHTS["sequence"], lambda_w=0.0, lambda_l=0.0, pair_weight=1.0)
+    logp = torch.tensor([-0.5, -2.0], device=device)  # D = 1.5 = margin_hard, without rounding
+    cu_seqlens = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    outs = [torch.empty(1, device=device) for _ in range(5)]
+    d_logp = torch.full((2,), torch.nan, device=device)
+    names = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
+    backend.slime_terms(logp, cu_seqlens, weights, d_logp=d_logp, **dict(zip(names, outs, strict=True)))
+    assert d_logp.tolist() == [0.0, 0.0]
+
+
+def check_scale(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    """Any size and alignment; a factor of 1 leaves every bit."""
+    for size in (0, 1, 7, 1025):
+        for factor in (1.0, -0.37):
+            tensor = torch.linspace(-3, 3, size + 1, device=device).to(dtype)[1:]
+            expected = (tensor.cpu().double() * factor).to(dtype)
+            number = torch.tensor(factor, dtype=acc_dtype(dtype), device=device)
+            backend.scale_(tensor, number)
+            if factor == 1.0:
+                assert torch.equal(tensor.cpu(), expected)
+            else:
+                unit = torch.finfo(dtype).eps
+                torch.testing.assert_close(tensor.cpu(), expected, rtol=unit, atol=0)
