@@ -1,0 +1,54 @@
+// From the run-time dtype and head of a call to the template that serves it, and the checks all row kernels
+// share.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+#include "online_softmax.cuh"
+
+namespace slime_fused::cuda {
+
+template <HeadMode kMode>
+using HeadTag = std::integral_constant<HeadMode, kMode>;
+
+template <class Fn>
+void dispatch_dtype(DType dtype, Fn&& fn) {
+  switch (dtype) {
+    case DType::f32:
+      return fn(float{});
+    case DType::bf16:
+      return fn(__nv_bfloat16{});
+    case DType::f16:
+      return fn(__half{});
+    default:
+      throw std::invalid_argument(
+          "dtype must be f32, bf16 or f16 on CUDA, got f64: use the cpu backend for float64");
+  }
+}
+
+template <class Fn>
+void dispatch_head(HeadMode mode, Fn&& fn) {
+  switch (mode) {
+    case HeadMode::identity:
+      return fn(HeadTag<HeadMode::identity>{});
+    case HeadMode::affine:
+      return fn(HeadTag<HeadMode::affine>{});
+    case HeadMode::softcap:
+      return fn(HeadTag<HeadMode::softcap>{});
+  }
+}
+
+inline void check_block(const char* kernel, const LogitsBlock& block, bool writes) {
+  const auto fail = [&](const char* what, int64_t got) {
+    throw std::invalid_argument(std::string(kernel) + ": " + what + ", got " + std::to_string(got));
+  };
+  if (block.rows < 0) fail("rows must be non-negative", block.rows);
+  if (block.cols < 1 || block.cols > kMaxCols) fail("cols must lie in [1, 2^31 - 2^20]", block.cols);
+  if (block.in_stride < block.cols) fail("in_stride must be at least cols", block.in_stride);
+  if (writes && block.out_stride < block.cols) fail("out_stride must be at least cols", block.out_stride);
+  if (block.rows > 0 && block.in == nullptr) fail("logits must not be null with rows", block.rows);
+  if (writes && block.rows > 0 && block.out == nullptr) fail("out must not be null with rows", block.rows);
+}
+
+}  // namespace slime_fused::cuda

@@ -1,0 +1,151 @@
+// Instructions that have no name in C++, each with a plain fallback for the emulator.
+//
+// Asynchronous copies need sm_80; clusters and distributed shared memory need sm_90, and compile to the
+// one-block case below it (the launcher never asks for a larger cluster there).
+#pragma once
+
+#include "launch.cuh"
+
+#if !defined(SF_CUDA_EMULATOR) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SF_HAS_CLUSTERS 1
+#endif
+
+namespace slime_fused::cuda {
+
+// 2^x. One instruction, relative error below 2^-22; flushes denormal results to 0, keeps NaN, 2^-inf = 0.
+__device__ inline float exp2_approx(float x) {
+#ifdef SF_CUDA_EMULATOR
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 16 bytes that this thread alone will use: they need no line of L1.
+__device__ inline uint4 load_once(const uint4* address) {
+#ifdef SF_CUDA_EMULATOR
+  return *address;
+#else
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+#endif
+}
+
+// 16 bytes out. `streaming` marks the line as the first to leave L2.
+__device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
+#ifdef SF_CUDA_EMULATOR
+  static_cast<void>(streaming);
+  *address = v;
+#else
+  if (streaming) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  } else {
+    *address = v;
+  }
+#endif
+}
+
+// Makes the compiler forget what it knows about a vector: what was unpacked from it before is not kept in
+// registers across this point, but unpacked again.
+__device__ inline void forget(uint4& v) {
+#ifdef SF_CUDA_EMULATOR
+  static_cast<void>(v);
+#else
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory that passes through no register.
+__device__ inline void copy_async_16(uint4* shared, const uint4* global) {
+#ifdef SF_CUDA_EMULATOR
+  *shared = *global;
+#else
+  const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(target), "l"(global) : "memory");
+#endif
+}
+
+// Closes the group of this thread's copies started since the last call.
+__device__ inline void copy_async_commit() {
+#ifndef SF_CUDA_EMULATOR
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits until at most `pending` (0 to 3) of this thread's groups are under way.
+__device__ inline void copy_async_wait(int pending) {
+#ifdef SF_CUDA_EMULATOR
+  static_cast<void>(pending);
+#else
+  if (pending == 3) {
+    asm volatile("cp.async.wait_group 3;" : : : "memory");
+  } else if (pending == 2) {
+    asm volatile("cp.async.wait_group 2;" : : : "memory");
+  } else if (pending == 1) {
+    asm volatile("cp.async.wait_group 1;" : : : "memory");
+  } else {
+    asm volatile("cp.async.wait_group 0;" : : : "memory");
+  }
+#endif
+}
+
+__device__ inline int cluster_size() {
+#ifdef SF_HAS_CLUSTERS
+  unsigned size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+
+__device__ inline int cluster_rank() {
+#ifdef SF_HAS_CLUSTERS
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+
+// The two halves of a barrier of the whole cluster. Writes before `arrive` are visible after `wait`.
+__device__ inline void cluster_arrive() {
+#ifdef SF_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#ifdef SF_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+#endif
+}
+
+// Writes to the shared variable of block `rank` of this cluster that has the address of `mine` here.
+__device__ inline void store_to_block(float* mine, float value, int rank) {
+#ifdef SF_HAS_CLUSTERS
+  const auto local = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  asm volatile(
+      "{\n\t.reg .b32 remote;\n\t"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
+      "st.shared::cluster.f32 [remote], %2;\n\t}"
+      :
+      : "r"(local), "r"(rank), "f"(value)
+      : "memory");
+#else
+  static_cast<void>(rank);
+  *mine = value;
+#endif
+}
+
+}  // namespace slime_fused::cuda

@@ -1,0 +1,278 @@
+// Row statistics of a block of vocabulary columns, and the residual once the whole row's log-sum-exp is
+// known.
+//
+//   row_max = max_v z_v;  row_sum = sum_v exp(z_v - row_max);  label_logit = z_y or 0;  logit_sum = sum_v z_v
+//   residual: d_raw_v = row_scale dz/draw ( exp(z_v - lse) (1 + 2 zl lse) - eps/V - (1 - eps) [v = y] )
+//
+// | tensor                              | shape  | dtype          | logits_stats          |
+// residual_from_stats | | raw logits                          | (M, V) | f32, bf16, f16 | read | read | |
+// d_raw                               | (M, V) | same           | -                     | written, may alias
+// | | labels                              | (M,)   | int64          | read                  | read | |
+// row_max,row_sum,label_logit         | (M,)   | f32            | written, or merged in | - | | logit_sum |
+// (M,)   | f32, or null   | written, or merged in | -                   | | lse, logp | (M,)   | f32 | - |
+// read                | | row_scale                           | (M,)   | f32, or null   | - | read |
+//
+// Bytes moved: M V elements read; residual_from_stats writes as many. Used where one visit cannot see the
+// row: evaluation, vocabulary-parallel heads (columns begin at `col_offset`), recomputation. Labels are
+// indices of the whole vocabulary. Statistics of ignored rows are formed too (label_logit 0); their residual
+// is 0. Accumulation in float32, fixed merge trees, no atomics: the same call gives the same bits. A merge
+// takes the larger maximum and rescales both sums, so it depends only on the order of the calls.
+#include <algorithm>
+
+#include "dispatch.cuh"
+#include "label_check.cuh"
+
+namespace slime_fused::cuda {
+namespace {
+
+// One block per row of statistics; 16-byte loads in flight per thread. Rows shorter than a block's reach take
+// a smaller block.
+constexpr int kMaxStatsThreads = 512;
+constexpr int kLoadGroup = 4;
+
+// residual_from_stats: blocks of 256 threads, each covering up to 8 vectors per thread of one row.
+constexpr int kResidualThreads = 256;
+constexpr int kResidualVectors = 8;
+constexpr int64_t kMaxGridRows = 65535;  // the limit of gridDim.y; the kernel strides over the rest
+
+template <class T>
+struct StatsArgs {
+  const T* in;            // [M, V] pitch in_stride
+  const int64_t* labels;  // [M]
+  float* row_max;         // [M]
+  float* row_sum;         // [M]
+  float* label_logit;     // [M]
+  float* logit_sum;       // [M] or null
+  int64_t first_row, in_stride, col_offset;
+  int cols;
+  bool merge;
+  HeadArgs<T> head;
+};
+
+template <class T, HeadMode kHead, bool kLogitSum>
+__global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const StatsArgs<T> a) {
+  constexpr int E = kVecElems<T>;
+  SF_DYNAMIC_SMEM(float, partials);
+  const int t = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int64_t row = a.first_row + blockIdx.x;
+  const T* const in = a.in + row * a.in_stride;
+  const RowSpan span = RowSpan::of(in, a.cols);
+  const auto* const vectors = reinterpret_cast<const uint4*>(in + span.head);
+  RowStats stats = RowStats::empty();
+
+  for (int i = t; i < span.vectors; i += kLoadGroup * threads) {
+    uint4 loaded[kLoadGroup];
+#pragma unroll
+    for (int j = 0; j < kLoadGroup; ++j) {
+      if (i + j * threads < span.vectors) loaded[j] = load_once(vectors + i + j * threads);
+    }
+#pragma unroll
+    for (int j = 0; j < kLoadGroup; ++j) {
+      if (i + j * threads >= span.vectors) break;
+      float z[E];
+      logits_of<kHead>(loaded[j], span.head + (i + j * threads) * E, a.head, z);
+      accumulate<kLogitSum>(stats, z);
+    }
+  }
+  const int edge = span.edge_of<E>(t);
+  if (edge >= 0) accumulate_one<kLogitSum>(stats, logit<kHead>(in, edge, a.head));
+
+  const RowStats all = merge_row<kLogitSum>(stats, partials, 0, 1);
+  if (t != 0) return;
+  const int64_t label = a.labels[row] - a.col_offset;
+  const bool is_here = a.labels[row] >= 0 && label >= 0 && label < a.cols;
+  const float label_logit = is_here ? logit<kHead>(in, static_cast<int>(label), a.head) : 0.f;
+  if (a.merge) {
+    const float earlier = a.row_max[row];
+    const float max = fmaxf(earlier, all.max);
+    a.row_sum[row] = a.row_sum[row] * rescale_factor(earlier, max) + all.sum * rescale_factor(all.max, max);
+    a.row_max[row] = max;
+    a.label_logit[row] += label_logit;
+    if (kLogitSum && a.logit_sum != nullptr) a.logit_sum[row] += all.logit_sum;
+  } else {
+    a.row_max[row] = all.max;
+    a.row_sum[row] = all.sum;
+    a.label_logit[row] = label_logit;
+    if (kLogitSum && a.logit_sum != nullptr) a.logit_sum[row] = all.logit_sum;
+  }
+}
+
+template <class T>
+struct FromStatsArgs {
+  const T* in;             // [M, V] pitch in_stride
+  T* out;                  // [M, V] pitch out_stride
+  const int64_t* labels;   // [M]
+  const float* lse;        // [M]
+  const float* logp;       // [M]
+  const float* row_scale;  // [M] or null
+  int64_t rows, in_stride, out_stride, col_offset, vocab;
+  int cols;
+  HeadArgs<T> head;
+  float label_smoothing, z_loss;
+};
+
+// Whether thread `t` (its first vector's index) writes element `v`: the edges by index, vectors by their
+// place.
+template <int E>
+__device__ bool owns_element(const RowSpan& span, int v, int t) {
+  if (v < span.head || v >= span.tail) return span.edge_of<E>(t) == v;
+  const int i = (v - span.head) / E - t;
+  return i >= 0 && i % kResidualThreads == 0 && i / kResidualThreads < kResidualVectors;
+}
+
+// Block (x, y): columns [x * C, (x + 1) * C) with C = kResidualThreads * kResidualVectors * E, rows y, y + Y,
+// ...
+template <class T, HeadMode kHead>
+__global__ void __launch_bounds__(kResidualThreads) residual_from_stats_kernel(const FromStatsArgs<T> a) {
+  constexpr int E = kVecElems<T>;
+  const int t = static_cast<int>(blockIdx.x * kResidualThreads * kResidualVectors + threadIdx.x);
+
+  for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
+    const int64_t label64 = a.labels[row];
+    T* const out = a.out + row * a.out_stride;
+    if (label64 >= a.vocab) {
+      if (t == 0) report_bad_label(label64, row, a.vocab);
+      return;
+    }
+    if (label64 < 0) {
+      zero_row(out, a.cols, static_cast<int>(blockIdx.x * kResidualThreads + threadIdx.x),
+               static_cast<int>(gridDim.x * kResidualThreads));
+      continue;
+    }
+
+    // Row constants: residual = exp(z - lse) * gain + offset, times the cap's derivative.
+    const T* const in = a.in + row * a.in_stride;
+    const RowSpan span = RowSpan::of(in, a.cols);
+    const float lse = a.lse[row];
+    const float logp = a.logp[row];
+    const float scale = a.row_scale != nullptr ? a.row_scale[row] * a.head.scale : a.head.scale;
+    const float z_loss_factor = 2.f * a.z_loss * lse;
+    const float smoothing = a.label_smoothing / static_cast<float>(a.vocab);
+    const float gain = scale * (1.f + z_loss_factor);
+    const float offset = -scale * smoothing;
+    const auto residual = [&](float z) {
+      return fmaf(exp2_approx((z - lse) * kLog2e), gain, offset) * cap_derivative<kHead>(z, a.head);
+    };
+
+    // The thread that owns the label's element reads its logit before anything here is overwritten.
+    const int64_t label_here = label64 - a.col_offset;
+    const bool is_owner =
+        label_here >= 0 && label_here < a.cols && owns_element<E>(span, static_cast<int>(label_here), t);
+    const float label_logit = is_owner ? logit<kHead>(in, static_cast<int>(label_here), a.head) : 0.f;
+
+    const auto* const vectors = reinterpret_cast<const uint4*>(in + span.head);
+    T* const out_vectors = out + span.head;
+    const bool aligned = is_aligned_16(out_vectors);
+    for (int k = 0; k < kResidualVectors; k += kLoadGroup) {
+      uint4 loaded[kLoadGroup];
+#pragma unroll
+      for (int j = 0; j < kLoadGroup; ++j) {
+        const int i = t + (k + j) * kResidualThreads;
+        if (i < span.vectors) loaded[j] = load_once(vectors + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kLoadGroup; ++j) {
+        const int i = t + (k + j) * kResidualThreads;
+        if (i >= span.vectors) break;
+        float x[E];
+        logits_of<kHead>(loaded[j], span.head + i * E, a.head, x);
+#pragma unroll
+        for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
+        store_elements(out_vectors + static_cast<int64_t>(i) * E, x, aligned, false);
+      }
+    }
+    const int edge = span.edge_of<E>(t);
+    if (edge >= 0) out[edge] = from_float<T>(residual(logit<kHead>(in, edge, a.head)));
+
+    // The label's entry, by the thread that wrote its neighbours: program order makes it the last write.
+    if (is_owner) {
+      const float p = exp2_approx(logp * kLog2e);
+      const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - smoothing);
+      out[label_here] = from_float<T>(d_logit * scale * cap_derivative<kHead>(label_logit, a.head));
+    }
+  }
+}
+
+}  // namespace
+
+void logits_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head, float* row_max,
+                  float* row_sum, float* label_logit, float* logit_sum, bool merge, cudaStream_t stream) {
+  check_block("logits_stats", block, false);
+  dispatch_dtype(block.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    StatsArgs<T> args{static_cast<const T*>(block.in),
+                      labels,
+                      row_max,
+                      row_sum,
+                      label_logit,
+                      logit_sum,
+                      0,
+                      block.in_stride,
+                      block.col_offset,
+                      static_cast<int>(block.cols),
+                      merge,
+                      head_args<T>(head)};
+    // Whole warps, one load group per thread where the row is short.
+    const int64_t groups = block.cols / (kVecElems<T> * kLoadGroup) + 1;
+    const int threads = static_cast<int>(std::min<int64_t>((groups + 31) / 32 * 32, kMaxStatsThreads));
+    LaunchShape shape;
+    shape.threads = threads;
+    shape.smem_bytes = stats_exchange_bytes(1, threads);
+    const auto launch = [&](auto kernel) {
+      for (int64_t first = 0; first < block.rows; first += kMaxBlocks) {
+        args.first_row = first;
+        shape.blocks = std::min(block.rows - first, kMaxBlocks);
+        launch_clustered(kernel, shape, stream, args);
+        check_launch("logits_stats", block.rows, block.cols);
+      }
+    };
+    dispatch_head(head_mode(head), [&](auto tag) {
+      constexpr HeadMode kHead = decltype(tag)::value;
+      if constexpr (kHead == HeadMode::identity) {
+        if (logit_sum == nullptr) return launch(&logits_stats_kernel<T, kHead, false>);
+      }
+      launch(&logits_stats_kernel<T, kHead, true>);
+    });
+  });
+}
+
+void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
+                         const TokenLoss& token_loss, const float* lse, const float* logp,
+                         const float* row_scale, cudaStream_t stream) {
+  check_block("residual_from_stats", block, true);
+  if (token_loss.vocab < block.col_offset + block.cols) {
+    throw std::invalid_argument("residual_from_stats: vocab must be at least col_offset + cols = " +
+                                std::to_string(block.col_offset + block.cols) + ", got " +
+                                std::to_string(token_loss.vocab));
+  }
+  if (block.rows == 0) return;
+  dispatch_dtype(block.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const FromStatsArgs<T> args{static_cast<const T*>(block.in),
+                                static_cast<T*>(block.out),
+                                labels,
+                                lse,
+                                logp,
+                                row_scale,
+                                block.rows,
+                                block.in_stride,
+                                block.out_stride,
+                                block.col_offset,
+                                token_loss.vocab,
+                                static_cast<int>(block.cols),
+                                head_args<T>(head),
+                                static_cast<float>(token_loss.label_smoothing),
+                                static_cast<float>(token_loss.z_loss)};
+    constexpr int64_t kBlockCols = int64_t{kResidualThreads} * kResidualVectors * kVecElems<T>;
+    const dim3 grid(static_cast<unsigned>((block.cols + kBlockCols - 1) / kBlockCols),
+                    static_cast<unsigned>(std::min<int64_t>(block.rows, kMaxGridRows)));
+    dispatch_head(head_mode(head), [&](auto tag) {
+      const auto kernel = &residual_from_stats_kernel<T, decltype(tag)::value>;
+      SF_LAUNCH(kernel, grid, dim3(kResidualThreads), 0, stream, args);
+    });
+  });
+  check_launch("residual_from_stats", block.rows, block.cols);
+}
+
+}  // namespace slime_fused::cuda

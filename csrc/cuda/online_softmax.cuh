@@ -1,0 +1,149 @@
+// The running (max, sum of exp, sum) of a row, kept per thread and merged without atomics.
+//
+// A thread visits each of its elements once: the maximum of a 16-byte vector is taken first, and the running
+// sum is rescaled only when that maximum grows, which after a few vectors is rare. Exponentials are base 2
+// with log2(e) folded into one fused multiply-add: exp(z - m) = 2^(z log2e - m log2e). The rounding of m
+// log2e is the same in the sum and in the residual, so it cancels in every probability.
+//
+// -inf contributes 0 (the shift by a maximum of -inf is replaced by a shift by 0); NaN and +inf reach the sum
+// as NaN. Merging is by fixed trees, so the same launch gives the same bits.
+#pragma once
+
+#include "head_transform.cuh"
+
+namespace slime_fused::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ inline float negative_infinity() { return -INFINITY; }
+
+struct RowStats {
+  float max;
+  float sum;        // sum of exp(z - max)
+  float logit_sum;  // sum of z; kept only where a template asks for it
+
+  __device__ static RowStats empty() { return {negative_infinity(), 0.f, 0.f}; }
+};
+
+// max * log2e, or 0 where the maximum is -inf (every exponent is then -inf itself).
+__device__ inline float exponent_shift(float max) { return max == negative_infinity() ? 0.f : max * kLog2e; }
+
+// exp(from - to), 0 where `from` is -inf.
+__device__ inline float rescale_factor(float from, float to) {
+  return exp2_approx((from - (to == negative_infinity() ? 0.f : to)) * kLog2e);
+}
+
+template <int E>
+__device__ inline float tree_max(const float (&x)[E]) {
+  float m = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+  if constexpr (E == 8) m = fmaxf(m, fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
+  return m;
+}
+
+template <int E>
+__device__ inline float tree_sum(const float (&x)[E]) {
+  float s = (x[0] + x[1]) + (x[2] + x[3]);
+  if constexpr (E == 8) s += (x[4] + x[5]) + (x[6] + x[7]);
+  return s;
+}
+
+template <bool kLogitSum, int E>
+__device__ inline void accumulate(RowStats& stats, const float (&z)[E]) {
+  const float vec_max = tree_max(z);
+  if (vec_max > stats.max) {
+    stats.sum *= rescale_factor(stats.max, vec_max);
+    stats.max = vec_max;
+  }
+  const float shift = exponent_shift(stats.max);
+  float p[E];
+#pragma unroll
+  for (int e = 0; e < E; ++e) p[e] = exp2_approx(fmaf(z[e], kLog2e, -shift));
+  stats.sum += tree_sum(p);
+  if constexpr (kLogitSum) stats.logit_sum += tree_sum(z);
+}
+
+template <bool kLogitSum>
+__device__ inline void accumulate_one(RowStats& stats, float z) {
+  if (z > stats.max) {
+    stats.sum *= rescale_factor(stats.max, z);
+    stats.max = z;
+  }
+  stats.sum += exp2_approx(fmaf(z, kLog2e, -exponent_shift(stats.max)));
+  if constexpr (kLogitSum) stats.logit_sum += z;
+}
+
+// Butterflies: addition and max commute, so every lane ends with the same bits.
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  return x;
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
+template <bool kLogitSum>
+__device__ inline RowStats warp_merge(RowStats mine) {
+  RowStats all;
+  all.max = warp_max(mine.max);
+  all.sum = warp_sum(mine.sum * rescale_factor(mine.max, all.max));
+  all.logit_sum = kLogitSum ? warp_sum(mine.logit_sum) : 0.f;
+  return all;
+}
+
+// Shared memory through which the warps of a row's blocks exchange their statistics:
+// [3 statistics][cluster * warps] float32.
+__host__ __device__ constexpr int stats_exchange_bytes(int cluster, int threads) {
+  return (3 * static_cast<int>(sizeof(float)) * cluster * (threads / 32) + 127) / 128 * 128;
+}
+
+// The statistics of the whole row, the same bits in every thread of every block of its cluster. Once per
+// launch: `exchange` may not be written again without a barrier.
+template <bool kLogitSum>
+__device__ inline RowStats merge_row(RowStats mine, float* exchange, int rank, int cluster) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int warp = static_cast<int>(threadIdx.x) >> 5;
+  const int warps = static_cast<int>(blockDim.x) >> 5;
+  const int n = cluster * warps;
+  float* maxes = exchange;
+  float* sums = maxes + n;
+  float* logit_sums = sums + n;
+
+  const RowStats of_warp = warp_merge<kLogitSum>(mine);
+  const int slot = rank * warps + warp;
+  if (cluster == 1) {
+    if (lane == 0) {
+      maxes[slot] = of_warp.max;
+      sums[slot] = of_warp.sum;
+      if constexpr (kLogitSum) logit_sums[slot] = of_warp.logit_sum;
+    }
+    __syncthreads();
+  } else {
+    if (lane < cluster) {
+      store_to_block(maxes + slot, of_warp.max, lane);
+      store_to_block(sums + slot, of_warp.sum, lane);
+      if constexpr (kLogitSum) store_to_block(logit_sums + slot, of_warp.logit_sum, lane);
+    }
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  // Every warp of every block merges the same entries in the same order.
+  RowStats all = RowStats::empty();
+  for (int i = lane; i < n; i += 32) all.max = fmaxf(all.max, maxes[i]);
+  all.max = warp_max(all.max);
+  for (int i = lane; i < n; i += 32) {
+    all.sum += sums[i] * rescale_factor(maxes[i], all.max);
+    if constexpr (kLogitSum) all.logit_sum += logit_sums[i];
+  }
+  all.sum = warp_sum(all.sum);
+  if constexpr (kLogitSum) all.logit_sum = warp_sum(all.logit_sum);
+  return all;
+}
+
+}  // namespace slime_fused::cuda

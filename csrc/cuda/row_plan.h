@@ -1,0 +1,33 @@
+// How the row kernel is laid out on the device: a pure function of the row's size and the device's
+// capability, so that it can be printed, tested and overridden by benchmarks.
+#pragma once
+
+#include <cstdint>
+
+namespace slime_fused::cuda {
+
+// Where a row waits between its two visits. What does not fit is read again through L2.
+enum class RowStage : int { shared = 0, registers = 1 };
+
+struct RowPlan {
+  RowStage stage = RowStage::shared;
+  int cluster = 1;         // blocks that share one row (above 1: compute capability 9.x and 10.x only)
+  int threads = 512;       // per block, a multiple of 32
+  int shared_vectors = 0;  // 16-byte vectors per thread that stay in shared memory (stage `shared`)
+  int pad_bytes = 0;       // unused shared memory, to hold fewer blocks on a multiprocessor
+  bool streaming = false;  // store the residual with the evict-first hint
+  int64_t max_blocks = 0;  // 0: one cluster per row; else rows are strided over this many blocks
+};
+
+// Vectors per thread that stage `registers` holds.
+inline constexpr int kRegisterVectors = 8;
+inline constexpr int kMaxSharedThreads = 512;
+inline constexpr int kMaxRegisterThreads = 1024;
+
+// The plan for rows of `cols` elements of `elem_bytes` bytes; `capability` is 10 * major + minor.
+RowPlan choose_row_plan(int64_t cols, int elem_bytes, int capability);
+
+// Throws std::invalid_argument naming the field if no device could run the plan.
+void check_row_plan(const RowPlan& plan);
+
+}  // namespace slime_fused::cuda
