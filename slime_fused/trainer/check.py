@@ -1,8 +1,8 @@
 """Before the first step: do the fused log-probs agree with the model's own logits?
 
-A model may do something to its logits that its config does not tell: a scale, a cap, a second head, a slice. Training
-would then optimise another distribution than the model samples from, without any sign of it. So a few positions of
-the first batch are computed both ways.
+A model may do something to its logits that its config does not tell: a scale, a cap, a second head, a slice.
+Training would then optimise another distribution than the model samples from, without any sign of it. So a few
+positions of the first batch are computed both ways.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def check_head(
         name = type(unwrap_peft(_unwrap_parallel(model))).__name__
         raise HeadMismatchError(
             f"model: the log-probs from the hidden states and the head of {name} differ from those of its own "
-            f"logits by {difference:.3g} (at most {allowed:.3g} expected in {dtype}), with {transform} read from its "
-            "config. The model does something to its logits that is not known here: train with loss_impl='naive', "
-            "or set check_head=False if you know better"
+            f"logits by {difference:.3g} (at most {allowed:.3g} expected in {dtype}), with {transform} read from "
+            "its config. The model does something to its logits that is not known here: train with "
+            "loss_impl='naive', or set check_head=False if you know better"
         )
     return difference
 

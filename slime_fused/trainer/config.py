@@ -24,14 +24,15 @@ class SlimeConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many optimizer steps; below 1, that share of all steps."}
     )
-    gradient_checkpointing: bool | None = field(
+    # None stands for "not chosen", which the base class does not need to tell apart.
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Recompute activations in the backward pass to save memory. Unset: on."}
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Unset: on where the GPU supports it, unless fp16 is on."},
     )
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default="none", metadata={"help": "Where to report metrics: none, tensorboard, wandb, trackio, ..."}
     )
     remove_unused_columns: bool | None = field(
@@ -47,7 +48,7 @@ class SlimeConfig(TrainingArguments):
     lambda_d: float = field(default=SlimeLossConfig.lambda_d, metadata={"help": "Weight of the dual-margin term."})
     delta: float = field(
         default=SlimeLossConfig.delta,
-        metadata={"help": "Shift of the stabilizer: rejected tokens less likely than about exp(-delta) are held up."},
+        metadata={"help": "Shift of the stabilizer: rejected tokens below about exp(-delta) are held up."},
     )
     margin_hard: float = field(
         default=SlimeLossConfig.margin_hard,
@@ -61,15 +62,15 @@ class SlimeConfig(TrainingArguments):
     stabilizer_reduction: Literal["sequence", "token"] = field(
         default=SlimeLossConfig.stabilizer_reduction,
         metadata={
-            "help": "'sequence' (paper): mean over each rejected response, then over pairs. 'token' (authors' code): "
-            "one mean over all rejected tokens of the optimizer step, over accumulation steps and devices."
+            "help": "'sequence' (paper): mean over each rejected response, then over pairs. 'token' (authors' "
+            "code): one mean over all rejected tokens of the optimizer step, over accumulation steps and devices."
         },
     )
 
     loss_impl: Literal["fused", "naive"] = field(
         default="fused",
         metadata={
-            "help": "'fused': never materialise the logits. 'naive': the model's own logits and autograd, to compare.",
+            "help": "'fused': never materialise the logits. 'naive': the model's own logits, to compare.",
             "aliases": ["--loss"],
         },
     )
@@ -85,9 +86,9 @@ class SlimeConfig(TrainingArguments):
     truncation: Literal["keep_start", "keep_end", "drop"] = field(
         default="keep_start",
         metadata={
-            "help": "What gives way when a row exceeds max_length. 'keep_start': the end of the response. 'keep_end': "
-            "the start of the prompt, then the end of the response. 'drop': the row. Rows that are left without a "
-            "response token are dropped and counted."
+            "help": "What gives way when a row exceeds max_length. 'keep_start': the end of the response. "
+            "'keep_end': the start of the prompt, then the end of the response. 'drop': the row. Rows left "
+            "without a response token are dropped and counted."
         },
     )
     pad_to_multiple_of: int | None = field(
@@ -103,7 +104,7 @@ class SlimeConfig(TrainingArguments):
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Arguments of from_pretrained where the model is given by name (JSON on a command line)."},
+        metadata={"help": "Arguments of from_pretrained for a model given by name (JSON on a command line)."},
     )
 
     def __post_init__(self) -> None:
@@ -111,7 +112,8 @@ class SlimeConfig(TrainingArguments):
             try:
                 self.model_init_kwargs = json.loads(self.model_init_kwargs)
             except json.JSONDecodeError as error:
-                raise ValueError(f"model_init_kwargs: expected JSON, got {self.model_init_kwargs!r}: {error}") from None
+                text = self.model_init_kwargs
+                raise ValueError(f"model_init_kwargs: expected JSON, got {text!r}: {error}") from None
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
@@ -120,7 +122,9 @@ class SlimeConfig(TrainingArguments):
             self.bf16 = bool(on_gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False))
         self._resolve_checkpointing()
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 (a prompt and a response token), got {self.max_length}")
+            raise ValueError(
+                f"max_length: expected at least 2 (a prompt and a response token), got {self.max_length}"
+            )
         self.loss_config()
         super().__post_init__()
 
@@ -131,6 +135,10 @@ class SlimeConfig(TrainingArguments):
             self.gradient_checkpointing = wanted
         elif self.activation_checkpointing is None:
             self.activation_checkpointing = wanted
+
+    def model_options(self) -> dict[str, Any]:
+        """``model_init_kwargs`` as a dictionary."""
+        return dict(self.model_init_kwargs) if isinstance(self.model_init_kwargs, dict) else {}
 
     def loss_config(self) -> SlimeLossConfig:
         """The loss's hyperparameters as the validated, frozen value that the loss takes."""

@@ -76,7 +76,9 @@ def prepare_dataset(
     """
     if not isinstance(dataset, (Dataset, IterableDataset)):
         if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, Iterable):
-            raise TypeError(f"{name}_dataset: expected a datasets.Dataset or an iterable of rows, got {type(dataset)}")
+            raise TypeError(
+                f"{name}_dataset: expected a datasets.Dataset or an iterable of rows, got {type(dataset).__name__}"
+            )
         dataset = Dataset.from_list([dict(row) for row in dataset])
     columns = dataset.column_names
     if columns is not None and set(TOKEN_COLUMNS) <= set(columns):

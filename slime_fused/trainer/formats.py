@@ -13,7 +13,7 @@ Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,9 @@ def _checked(value: Any, name: str, where: str) -> str | Messages:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, (list, tuple)) or not value:
-        raise PreferenceFormatError(f"{where}: {name!r} must be a text or a non-empty list of messages, got {value!r:.80}")
+        raise PreferenceFormatError(
+            f"{where}: {name!r} must be a text or a non-empty list of messages, got {value!r:.80}"
+        )
     for message in value:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise PreferenceFormatError(
@@ -92,12 +94,14 @@ def _checked(value: Any, name: str, where: str) -> str | Messages:
     return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
 
 
+def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    size = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+    size = _common_length(chosen, rejected)
     if chosen == rejected:
-        raise PreferenceFormatError(f"{where}: without a 'prompt', 'chosen' and 'rejected' must differ; they are equal")
+        raise PreferenceFormatError(f"{where}: without a 'prompt', 'chosen' and 'rejected' must differ")
     # Most tokenizers glue a space to the word that follows it, so it belongs to the responses.
     if size and chosen[size - 1] == " ":
         size -= 1
@@ -107,9 +111,7 @@ def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]
 def _split_messages(
     prompt: str | None, chosen: Messages, rejected: Messages, where: str
 ) -> tuple[Messages, Messages, Messages]:
-    size = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+    size = _common_length(chosen, rejected)
     if size == len(chosen) == len(rejected):
         raise PreferenceFormatError(f"{where}: 'chosen' and 'rejected' hold the same messages; they must differ")
     if size == 0:

@@ -36,7 +36,7 @@ def attach_head(model: nn.Module) -> None:
 
     Raises TypeError for a model without an output head, ValueError for a head that is no plain matrix product.
     """
-    base = unwrap_peft(model)
+    base: Any = unwrap_peft(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"model: expected a causal language model with an output head, got {type(base).__name__}")
@@ -48,12 +48,12 @@ def attach_head(model: nn.Module) -> None:
         _patch_model(base)
 
 
-def unwrap_peft(model: nn.Module) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The `transformers` model inside a PEFT wrapper, or ``model`` itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def _matrix_layers(head: nn.Module) -> Iterator[nn.Module]:
+def _matrix_layers(head: Any) -> Iterator[nn.Module]:
     """The modules whose forward is the matrix product: behind modules_to_save there is one per adapter."""
     if hasattr(head, "modules_to_save"):
         yield from head.modules_to_save.values()
@@ -62,7 +62,7 @@ def _matrix_layers(head: nn.Module) -> Iterator[nn.Module]:
         yield head
 
 
-def _check_layer(layer: nn.Module) -> None:
+def _check_layer(layer: Any) -> None:
     if _is_lora(layer):
         if getattr(layer, "lora_variant", None):
             variants = sorted(type(v).__name__ for v in layer.lora_variant.values())
@@ -75,19 +75,20 @@ def _check_layer(layer: nn.Module) -> None:
             f"model: expected an output head that is a torch.nn.Linear, got {type(layer).__name__}; "
             "train with loss_impl='naive'"
         )
-    weight = layer.get_base_layer().weight if _is_lora(layer) else layer.weight
-    if weight.ndim != 2 and weight.numel() or not weight.is_floating_point():
+    weight = getattr(layer, "base_layer", layer).weight if _is_lora(layer) else layer.weight
+    # FSDP and ZeRO-3 may have flattened or emptied the parameter by now; a packed one is no floating-point number.
+    if not weight.is_floating_point():
         raise ValueError(
-            f"model: expected an output head with a floating-point matrix, got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}; exclude the head from quantisation"
+            f"model: expected an output head with floating-point weights, got {weight.dtype}; "
+            "exclude the head from quantisation"
         )
 
 
-def _patch_layer(layer: nn.Module) -> None:
+def _patch_layer(layer: Any) -> None:
     plain = layer.forward
 
     @functools.wraps(plain)
-    def forward(self: nn.Module, hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
         if head_call is None:
             return plain(hidden, *args, **kwargs)
         return head_call(hidden, *head_parameters(self))
@@ -110,7 +111,9 @@ def _patch_model(base: Any) -> None:
             kwargs["output_router_logits"] = True
         outputs = self.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
         result = self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
-        return result | {"aux_loss": _router_loss(self, outputs, kwargs.get("attention_mask"))} if routed else result
+        if routed:
+            result = {**result, "aux_loss": _router_loss(self, outputs, kwargs.get("attention_mask"))}
+        return result
 
     base._slime_plain_forward = plain
     base.forward = types.MethodType(forward, base)
@@ -161,10 +164,9 @@ def _router_loss(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tens
     coefficient = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
     if balance is None or coefficient is None:
         raise ValueError(
-            f"model: output_router_logits is set, but {type(base).__name__} has no load-balancing loss that is known "
-            "here; set config.output_router_logits=False to train without it"
+            f"model: output_router_logits is set, but {type(base).__name__} has no load-balancing loss known here; "
+            "set config.output_router_logits=False to train without it"
         )
-    num_experts = getattr(base, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
-    per_token = getattr(base, "num_experts_per_tok", None) or config.num_experts_per_tok
-    loss = balance(outputs.router_logits, num_experts, per_token, attention_mask)
+    # Every such model sets both in its constructor, from config entries of various names.
+    loss = balance(outputs.router_logits, base.num_experts, base.num_experts_per_tok, attention_mask)
     return float(coefficient) * torch.as_tensor(loss)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -25,7 +26,7 @@ from slime_fused.trainer.transform import find_logit_transform
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-AnyDataset = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
+AnyDataset: TypeAlias = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
 
 
 class SlimeTrainer(Trainer):
@@ -57,6 +58,8 @@ class SlimeTrainer(Trainer):
             its head gives.
     """
 
+    args: SlimeConfig
+
     _tag_names = ("slime", "preference-training")
     # Our loss is normalised over the whole accumulation window; the base class must not divide it again.
     loss_is_scaled_for_ga = True
@@ -76,7 +79,7 @@ class SlimeTrainer(Trainer):
     ) -> None:
         args = SlimeConfig() if args is None else args
         _check_parallelism(args, train_dataset)
-        loaded: Any = load_model(model, **(args.model_init_kwargs or {})) if isinstance(model, str) else model
+        loaded: Any = load_model(model, **args.model_options()) if isinstance(model, str) else model
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(unwrap_peft(loaded).config._name_or_path)
         if processing_class.pad_token is None:
@@ -121,11 +124,11 @@ class SlimeTrainer(Trainer):
         )
         # Releases before 5.19 know no `loss_is_scaled_for_ga`; they divide unless the model takes the item count.
         self.model_accepts_loss_kwargs = True
-        if hasattr(self.model, "add_model_tags"):
-            self.model.add_model_tags(list(self._tag_names))
+        if hasattr(loaded, "add_model_tags"):
+            loaded.add_model_tags(list(self._tag_names))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(TOKEN_COLUMNS)
+        self._signature_columns: Any = list(TOKEN_COLUMNS)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -199,11 +202,21 @@ class SlimeTrainer(Trainer):
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As in the base class, with the metrics of `PairMetrics` under ``metric_key_prefix``."""
         self._eval_metrics = PairMetrics()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         metrics = self._eval_metrics.flush(self._sum_over_processes)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -239,13 +252,14 @@ def _wrap_adapter(model: Any, peft_config: Any, args: SlimeConfig) -> Any:
 
 
 def _check_parallelism(args: SlimeConfig, train_dataset: Any) -> None:
+    loading: Any = args.accelerator_config
     if args.n_gpu > 1:
         raise ValueError(
             f"args: {args.n_gpu} GPUs in one process would split the batch between chosen and rejected rows; "
             "start one process per GPU (accelerate launch, torchrun) or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.accelerator_config.split_batches:
+    if loading.split_batches:
         raise ValueError("args.accelerator_config: split_batches=True would separate chosen from rejected rows")
     if isinstance(train_dataset, IterableDataset):
         # Dispatching would slice one process's batch by rows, and so separate the pairs.
-        args.accelerator_config.dispatch_batches = False
+        loading.dispatch_batches = False

@@ -1,7 +1,7 @@
 """What a model does to its logits after the head, read from its config.
 
-Every model of the `transformers` library whose forward does no more than scale and soft-cap the product of its head
-is covered by the three tables below; for the others the comparison of the first batch (`check.py`) refuses to train.
+Every model of the `transformers` library whose forward does no more than scale and soft-cap the product of its
+head is covered by the tables below; for the others the comparison of the first batch (`check.py`) refuses to train.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LogitTransform:
 
 
 def find_logit_transform(config: Any) -> LogitTransform:
-    """The transform of a model with ``config`` (a `PretrainedConfig`; for a multimodal one its text part counts)."""
+    """The transform of a model with ``config`` (a `PretrainedConfig`; of a multimodal one the text part)."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     multiplies = "hyperclovax" in str(getattr(config, "model_type", ""))
     scale = 1.0

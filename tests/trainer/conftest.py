@@ -13,7 +13,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-WORDS = "the cat dog sat ran on under a red blue mat tree and then slept well but nobody saw it again".split()
+TEXT = "the cat dog sat ran on under a red blue mat tree and then slept well but nobody saw it again"
+WORDS = TEXT.split()
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -25,7 +26,8 @@ def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
         return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (size,), generator=generator).tolist())
 
     return [
-        {"prompt": text(2, 8) + "?", "chosen": " " + text(2, 12), "rejected": " " + text(2, 12)} for _ in range(count)
+        {"prompt": text(2, 8) + "?", "chosen": " " + text(2, 12), "rejected": " " + text(2, 12)}
+        for _ in range(count)
     ]
 
 

@@ -35,7 +35,9 @@ def test_text_ends_with_one_eos_and_splits_where_the_response_begins(tokenizer):
 
 
 def test_chat_ends_as_its_template_ends_it(tokenizer):
-    pair = parse_pair({"prompt": [user("who sat")], "chosen": [reply("the cat")], "rejected": [reply("a dog")]}, "r")
+    pair = parse_pair(
+        {"prompt": [user("who sat")], "chosen": [reply("the cat")], "rejected": [reply("a dog")]}, "r"
+    )
     chosen, rejected, is_prefix = tokenize_pair(pair, tokenizer)
     assert is_prefix
     assert decoded(tokenizer, chosen) == ("<|user|>who sat<|end|><|assistant|>", "the cat<|end|>")
@@ -70,9 +72,15 @@ def test_a_prompt_is_found_where_it_is_not_given(row, prompt, chosen, rejected):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, r"row 7: expected 'chosen' and 'rejected'.*got columns \['chosen', 'prompt'\]"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            r"row 7: expected 'chosen' and 'rejected'.*got columns \['chosen', 'prompt'\]",
+        ),
         ({}, r"row 7: .* got no columns"),
-        ({"prompt": "a", "chosen": 3, "rejected": "b"}, r"row 7: 'chosen' must be a text or a non-empty list .* got 3"),
+        (
+            {"prompt": "a", "chosen": 3, "rejected": "b"},
+            r"row 7: 'chosen' must be a text or a non-empty list .* got 3",
+        ),
         ({"prompt": "a", "chosen": [], "rejected": "b"}, r"row 7: 'chosen' must be a text or a non-empty list"),
         ({"prompt": "a", "chosen": [{"from": "x"}], "rejected": "b"}, r"'chosen' must have 'role' and 'content'"),
         ({"prompt": "a", "chosen": "b", "rejected": [reply("c")]}, r"row 7: 'chosen' and 'rejected' must both be"),
@@ -130,7 +138,9 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, make_args, caplog, mon
         "train dataset: dropped 2 of 3 pairs: 1 because a response is empty; "
         "1 because the prompt leaves no room for a response within max_length=12"
     ]
-    with pytest.raises(ValueError, match="none of its 2 pairs can be used: 1 because a response is empty; 1 because"):
+    with pytest.raises(
+        ValueError, match="none of its 2 pairs can be used: 1 because a response is empty; 1 because"
+    ):
         prepare_dataset(rows[1:], tokenizer, make_args(max_length=12), "train")
 
 

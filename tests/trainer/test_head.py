@@ -142,7 +142,9 @@ def test_a_disabled_adapter_leaves_the_base_head(batch, make_args, tokenizer):
     trainer = SlimeTrainer(model, args, train_dataset=make_pairs(2), processing_class=tokenizer)
     with model.disable_adapter(), torch.no_grad():
         loss = trainer.compute_loss(model, batch)
-        torch.testing.assert_close(loss.double(), slime_by_hand(model, batch, args.loss_config()), rtol=2e-5, atol=0)
+        torch.testing.assert_close(
+            loss.double(), slime_by_hand(model, batch, args.loss_config()), rtol=2e-5, atol=0
+        )
     assert with_adapter
 
 
@@ -173,7 +175,10 @@ def test_a_model_that_changes_its_logits_unknown_to_us_is_refused(batch, make_ar
     with pytest.raises(HeadMismatchError, match=r"log-probs .* of Sharpened differ .* loss_impl='naive'"):
         trainer.train()
     naive = SlimeTrainer(
-        Sharpened(model.config), make_args(loss_impl="naive"), train_dataset=make_pairs(4), processing_class=tokenizer
+        Sharpened(model.config),
+        make_args(loss_impl="naive"),
+        train_dataset=make_pairs(4),
+        processing_class=tokenizer,
     )
     assert naive.train().training_loss > 0
 

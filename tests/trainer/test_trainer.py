@@ -65,7 +65,9 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tokenizer, make_args,
         for step, expected in zip(recorder.steps, reference.steps, strict=True):
             for name, grad in expected.items():
                 floor = 2e-5 * float(grad.abs().max())
-                torch.testing.assert_close(step[name], grad, rtol=2e-3, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    step[name], grad, rtol=2e-3, atol=floor, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 def test_reported_numbers_against_the_definition(tokenizer, make_args):
@@ -120,7 +122,9 @@ def test_evaluation_weights_batches_by_their_pairs(tokenizer, make_args):
 def test_training_learns_the_preference(tokenizer, make_args):
     rows = [{"prompt": "the cat", "chosen": " sat on a mat", "rejected": " ran under a tree"}] * 4
     # A fresh model puts the two answers at some margin; training has to bring it past the hard one.
-    trainer, _ = run(tokenizer, make_args(max_steps=30, learning_rate=1e-2, lr_scheduler_type="constant"), rows=rows)
+    trainer, _ = run(
+        tokenizer, make_args(max_steps=30, learning_rate=1e-2, lr_scheduler_type="constant"), rows=rows
+    )
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert history[-1]["rewards/margins"] > 1.0 > history[0]["rewards/margins"]
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
