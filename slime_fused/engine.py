@@ -119,7 +119,10 @@ class ChunkEngine:
         hidden = rows.take(self.head.hidden)
         if self._buffer is None:
             p = self.plan.problem
-            self._buffer = hidden.new_empty(self.plan.chunk_rows, p.row_pitch)[:, : p.vocab_size]
+            padded = hidden.new_empty(self.plan.chunk_rows, p.row_pitch)
+            # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
+            padded[:, p.vocab_size :] = 0
+            self._buffer = padded[:, : p.vocab_size]
         logits = self._buffer[: hidden.shape[0]]
         products.write_logits(hidden, self.head.weight, logits)
         return hidden, logits

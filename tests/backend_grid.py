@@ -6,8 +6,8 @@ and a floor of a few float32 units: never a round number that happens to pass.
 
 Why these cases suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off
 alignment with a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs
-from 0 over 1 to more rows than a small grid; and each fused feature (bias, scale, soft cap, smoothing, z-loss, ignored
-rows) is on alone and all are on together.
+from 0 over 1 to more rows than a small grid; and each fused feature (bias, scale, soft cap, smoothing, z-loss,
+ignored rows) is on alone and all are on together.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def check_stats_then_residual(backend: Backend, case: RowCase, device: torch.dev
     keep = data.labels >= 0
     all_lse = row_max + row_sum.log()
     lse = all_lse * keep
-    logp = (label_logit - all_lse) * keep
+    logp = (label_logit - row_max - row_sum.log()) * keep
     eps = case.token_loss.label_smoothing
     loss = -(1 - eps) * logp + (eps * (all_lse - logit_sum / case.vocab) + case.token_loss.z_loss * lse**2) * keep
     for name, got in (("lse", lse), ("logp", logp), ("loss", loss)):
