@@ -1,0 +1,208 @@
+"""The benchmark's commands, run as a user runs them, on problems of a second."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import cpu, gpu
+from bench.cases import GPU_CASES, HEADLINE
+from bench.registry import CONTESTANTS
+from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run
+from bench.runner import Protocol
+from bench.worker import OUT_OF_TIME, Job, run_job
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "bench" / "gpu.sh"
+QUICK = Protocol(rounds=1)
+
+
+def _run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.mark.slow
+def test_quick_cpu_benchmark_writes_a_complete_result_file(tmp_path):
+    assert cpu.main(["--quick", "--out", str(tmp_path)]) == 0
+    run = read_run(tmp_path / "cpu.json")
+    assert run.machine["cores"] >= 1
+    assert run.machine["torch"]
+    assert set(run.cases) == {"quick-fp32", "quick-bf16-m50", "quick-fp32-frozen"}
+    for case in run.cases:
+        for name in ("slime_fused", "naive"):
+            row = run.row(case, name)
+            assert row is not None
+            assert row.status == OK
+            assert row.median_ms is not None
+            assert row.median_ms > 0
+            assert row.over_products == pytest.approx(row.median_ms / row.products_ms)
+            assert row.error_d_hidden < 2e-2
+            assert (row.error_d_weight is None) == run.case(case).frozen_head
+    # Memory is taken for this case alone, and must not have displaced the time.
+    memory = run.row("quick-fp32", "slime_fused")
+    assert memory is not None
+    assert memory.peak_bytes is not None
+    assert memory.peak_bytes >= 0
+
+
+def test_memory_joins_the_timed_row_of_the_same_contestant():
+    timed = Row("c", "x", "slime", OK, median_ms=2.0, error_d_hidden=0.5)
+    merged = cpu.with_memory([timed], [Row("c", "x", "slime", OK, peak_bytes=7)])
+    assert merged == [Row("c", "x", "slime", OK, median_ms=2.0, error_d_hidden=0.5, peak_bytes=7)]
+    failed = Row("c", "x", "slime", FAILED, "why")
+    assert cpu.with_memory([timed], [failed]) == [failed]
+
+
+@pytest.mark.slow
+def test_gpu_runner_on_the_cpu_runs_families_apart_and_reports_what_cannot_run(tmp_path):
+    command = ["--device", "cpu", "--cases", "quick-fp32", "--out", str(tmp_path), "--rounds", "1"]
+    assert gpu.main([*command, "--contestants", "slime_fused", "naive", "cce", "slime_fused-cuda"]) in (0, 1)
+    run = read_run(tmp_path / "gpu.json")
+    for name in ("products", "slime_fused", "naive"):
+        row = run.row("quick-fp32", name)
+        assert row is not None
+        assert row.status == OK
+        assert row.median_ms is not None
+    cce = run.row("quick-fp32", "cce")
+    assert cce is not None
+    assert cce.status == UNSUPPORTED
+    native = run.row("quick-fp32", "slime_fused-cuda")
+    assert native is not None
+    assert native.status == FAILED
+    assert "cuda" in native.reason
+
+
+def test_a_worker_that_dies_leaves_rows_that_say_so(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    job = Job("cpu", ("quick-fp32",), ("products", "naive"), QUICK, time.time() + 60)
+    rows = run_job(job, 60)
+    assert [row.contestant for row in rows] == ["products", "naive"]
+    assert {row.status for row in rows} == {FAILED}
+    assert rows[0].reason.startswith("process ended with code 1")
+
+
+@pytest.mark.slow
+def test_a_worker_past_its_deadline_begins_nothing():
+    rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() - 1), 60)
+    assert [(row.status, row.reason) for row in rows] == [(FAILED, OUT_OF_TIME)]
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_stopped():
+    rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() + 60), timeout=1.0)
+    assert rows[0].reason == "not finished within 1 s"
+
+
+def test_spent_budget_starts_no_process(monkeypatch):
+    def started(job, timeout):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(gpu, "run_job", started)
+    batches = list(gpu.run_heats(gpu.default_heats(), "cuda", QUICK, deadline=time.time() - 1))
+    ours = [row for batch in batches for row in batch if row.contestant == "slime_fused"]
+    assert {row.case for row in ours} == {case.name for case in GPU_CASES}
+    assert {row.reason for row in ours} == {OUT_OF_TIME}
+
+
+def test_a_family_that_died_is_retried_one_by_one(monkeypatch):
+    jobs = []
+
+    def run(job, timeout):
+        jobs.append(job.contestants)
+        status, reason = (FAILED, "process ended with code 3: x") if len(job.contestants) > 2 else (OK, "")
+        return [Row(HEADLINE.name, name, "slime", status, reason) for name in job.contestants]
+
+    monkeypatch.setattr(gpu, "run_job", run)
+    heat = gpu.Heat((HEADLINE,), ("slime_fused", "slime_fused-auto"))
+    rows: list[Row] = []
+    for batch in gpu.run_heats((heat,), "cuda", QUICK, time.time() + 60):
+        rows = gpu.merge(rows, batch)
+    assert jobs == [
+        ("products", "slime_fused", "slime_fused-auto"),
+        ("products", "slime_fused"),
+        ("products", "slime_fused-auto"),
+    ]
+    assert {row.status for row in rows} == {OK}
+
+
+def test_default_heats_begin_with_the_headline_and_cover_every_case():
+    heats = gpu.default_heats()
+    assert heats[0].cases == (HEADLINE,)
+    assert heats[0].contestants[0] == "slime_fused"
+    covered = {case.name for heat in heats for case in heat.cases if "slime_fused" in heat.contestants}
+    assert covered == {case.name for case in GPU_CASES}
+    assert all(name in CONTESTANTS for heat in heats for name in heat.contestants)
+
+
+def test_selection_restricts_cases_and_contestants():
+    heats = gpu.selected_heats([HEADLINE.name], [])
+    assert {case.name for heat in heats for case in heat.cases} == {HEADLINE.name}
+    both = gpu.selected_heats(["quick-fp32"], ["naive"])
+    assert [([c.name for c in heat.cases], heat.contestants) for heat in both] == [(["quick-fp32"], ("naive",))]
+
+
+# --- bench/gpu.sh ------------------------------------------------------------------------------------------------
+
+
+def test_gpu_script_parses():
+    assert _run("bash", "-n", str(SCRIPT)).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_gpu_script_passes_shellcheck():
+    done = _run("shellcheck", str(SCRIPT))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_script_dry_run_prints_every_command_and_imports_every_module(tmp_path):
+    done = _run("bash", str(SCRIPT), DRY_RUN="1", OUT=str(tmp_path), PYTHON=sys.executable, WHEELS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    parts = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("DRY_RUN ")]
+    expected = ["environment", "wheels", "machine", "build", "stream-tests", "tests", "memcheck", "racecheck"]
+    assert parts[: len(expected)] == expected
+    assert parts[-1] == "bench"
+    modules = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "test_cpu", "plots"}
+    imported = {line.split("bench.")[1] for line in done.stdout.splitlines() if line.startswith("imported")}
+    assert imported == modules
+
+
+@pytest.mark.slow
+def test_gpu_script_goes_on_after_a_failure_and_reports_it(tmp_path):
+    # Without a GPU the benchmark part fails; that is no correctness failure, so the script still succeeds.
+    done = _run("bash", str(SCRIPT), STEPS="machine bench", OUT=str(tmp_path), PYTHON=sys.executable)
+    if "bench          ok" in done.stdout:
+        pytest.skip("this machine has a GPU")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bench          rc=2" in done.stdout
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        names = archive.getnames()
+        bench_log = archive.extractfile("logs/bench.log")
+        assert bench_log is not None
+        assert b"no CUDA device is visible" in bench_log.read()
+    assert {"logs/machine.log", "logs/summary.txt"} <= set(names)
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.slow
+def test_gpu_script_fails_where_a_correctness_step_fails(tmp_path):
+    done = _run("bash", str(SCRIPT), STEPS="machine", OUT=str(tmp_path), PYTHON="/bin/false")
+    assert done.returncode == 1
+    assert "environment    rc=1" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_sanitizer_program_is_right_on_the_cpu(backend):
+    done = _run(sys.executable, "-m", "bench.sanitize", "--backend", backend, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "24 row problems" in done.stdout
