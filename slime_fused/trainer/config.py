@@ -32,10 +32,11 @@ class SlimeConfig(TrainingArguments):
         default=None,
         metadata={"help": "Mixed precision in bfloat16. Unset: on where the GPU supports it, unless fp16 is on."},
     )
-    report_to: str | list[str] | None = field(
+    # None comes first because the argument parser takes the first type after it.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Where to report metrics: none, tensorboard, wandb, trackio, ..."}
     )
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Unused here: the trainer keeps exactly the columns it makes itself."}
     )
 
