@@ -49,6 +49,11 @@ struct StatsArgs {
   HeadArgs<T> head;
 };
 
+// exp(from - to), 0 where `from` is -inf.
+__device__ float exp_difference(float from, float to) {
+  return from == negative_infinity() ? 0.f : exp2_approx((from - to) * kLog2e);
+}
+
 template <class T, HeadMode kHead, bool kLogitSum>
 __global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const StatsArgs<T> a) {
   constexpr int E = kVecElems<T>;
@@ -83,16 +88,17 @@ __global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const St
   const int64_t label = a.labels[row] - a.col_offset;
   const bool is_here = a.labels[row] >= 0 && label >= 0 && label < a.cols;
   const float label_logit = is_here ? logit<kHead>(in, static_cast<int>(label), a.head) : 0.f;
+  const float sum = sum_relative_to_max(all);
   if (a.merge) {
     const float earlier = a.row_max[row];
     const float max = fmaxf(earlier, all.max);
-    a.row_sum[row] = a.row_sum[row] * rescale_factor(earlier, max) + all.sum * rescale_factor(all.max, max);
+    a.row_sum[row] = a.row_sum[row] * exp_difference(earlier, max) + sum * exp_difference(all.max, max);
     a.row_max[row] = max;
     a.label_logit[row] += label_logit;
     if (kLogitSum && a.logit_sum != nullptr) a.logit_sum[row] += all.logit_sum;
   } else {
     a.row_max[row] = all.max;
-    a.row_sum[row] = all.sum;
+    a.row_sum[row] = sum;
     a.label_logit[row] = label_logit;
     if (kLogitSum && a.logit_sum != nullptr) a.logit_sum[row] = all.logit_sum;
   }

@@ -2,8 +2,9 @@
 //
 // A thread visits each of its elements once: the maximum of a 16-byte vector is taken first, and the running
 // sum is rescaled only when that maximum grows, which after a few vectors is rare. Exponentials are base 2
-// with log2(e) folded into one fused multiply-add: exp(z - m) = 2^(z log2e - m log2e). The rounding of m
-// log2e is the same in the sum and in the residual, so it cancels in every probability.
+// with log2(e) folded into one fused multiply-add: 2^(z log2e - shift), shift = fl(max log2e). Sums are
+// relative to 2^shift, not to exp(max), so the rounding of the product cancels in every probability; where a
+// sum leaves these helpers, `log_sum_exp` and `sum_relative_to_max` take it out.
 //
 // -inf contributes 0 (the shift by a maximum of -inf is replaced by a shift by 0); NaN and +inf reach the sum
 // as NaN. Merging is by fixed trees, so the same launch gives the same bits.
@@ -14,13 +15,14 @@
 namespace slime_fused::cuda {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ inline float negative_infinity() { return -INFINITY; }
 
 struct RowStats {
   float max;
-  float sum;        // sum of exp(z - max)
+  float sum;        // sum of 2^(z log2e - exponent_shift(max))
   float logit_sum;  // sum of z; kept only where a template asks for it
 
   __device__ static RowStats empty() { return {negative_infinity(), 0.f, 0.f}; }
@@ -29,9 +31,24 @@ struct RowStats {
 // max * log2e, or 0 where the maximum is -inf (every exponent is then -inf itself).
 __device__ inline float exponent_shift(float max) { return max == negative_infinity() ? 0.f : max * kLog2e; }
 
-// exp(from - to), 0 where `from` is -inf.
+// What a sum relative to maximum `from` is multiplied by to be relative to `to`; 0 where `from` is -inf.
 __device__ inline float rescale_factor(float from, float to) {
-  return exp2_approx((from - (to == negative_infinity() ? 0.f : to)) * kLog2e);
+  return from == negative_infinity() ? 0.f : exp2_approx(exponent_shift(from) - exponent_shift(to));
+}
+
+// max log2e - fl(max log2e), which the fused multiply-add gives without error.
+__device__ inline float shift_rounding(float max) {
+  return max == negative_infinity() ? 0.f : fmaf(max, kLog2e, -exponent_shift(max));
+}
+
+// log sum_v exp(z_v - max).
+__device__ inline float log_sum_exp(const RowStats& stats) {
+  return logf(stats.sum) - kLn2 * shift_rounding(stats.max);
+}
+
+// sum_v exp(z_v - max).
+__device__ inline float sum_relative_to_max(const RowStats& stats) {
+  return stats.sum * exp2_approx(-shift_rounding(stats.max));
 }
 
 template <int E>

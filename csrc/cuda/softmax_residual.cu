@@ -166,7 +166,7 @@ __global__ void __launch_bounds__((kMaxThreads<kHead, kRegisters>), (kMinBlocks<
   const RowStats all = merge_row<kLogitSum>(stats, exchange, rank, cluster);
 
   // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
-  const float log_sum = logf(all.sum);
+  const float log_sum = log_sum_exp(all);
   const float lse = all.max + log_sum;
   const float logp = (label_logit - all.max) - log_sum;
   const float z_loss_factor = 2.f * a.z_loss * lse;
