@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make test` and `make demo`.
+PYTHON ?= python3
+VENV ?= .venv
+# A PyTorch that installs without gigabytes of GPU libraries; `make TORCH=torch ...` takes the newest instead.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: test lint build demo bench report clean
+
+test: build lint
+	$(BIN)/python -m pytest
+
+# Everything the project needs, in an environment of its own; again only when the requirements change.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	SLIME_FUSED_CUDA=OFF $(BIN)/python -m pip install --quiet --editable '.[dev]' 'cmake>=3.25' ninja 'pybind11>=2.13'
+	touch $@
+
+# The native module, incrementally. CUDA kernels too where nvcc is found, for one architecture to keep it short;
+# the tests compile them for all.
+build: $(VENV)/.installed
+	mkdir -p build
+	$(BIN)/cmake -S . -B build/dev -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DSLIME_FUSED_CUDA=AUTO -DSLIME_FUSED_CUDA_ARCHS=90 >build/dev.log \
+	  || (cat build/dev.log; exit 1)
+	$(BIN)/cmake --build build/dev
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' '*.cc' | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: build
+	$(BIN)/python -m bench.cpu
+
+report: build
+	$(BIN)/python -m bench.report
+
+clean:
+	rm -rf build dist *.egg-info slime_fused/_C*.so
