@@ -5,6 +5,7 @@
 #   OUT=dir      where logs and results go (default: bench/results/<device>)
 #   STEPS="..."  which steps, in this order: machine build tests sanitizer micro bench (default: all)
 #   BUDGET=s     seconds for the `bench` step (default 240)
+#   LIMIT=s      seconds for everything (default 560): later parts get what earlier ones leave
 #   CASES="..."  cases of the `bench` step (default: all, most important first)
 #   PYTHON=...   interpreter (default python3); packages go to a temporary environment on top of its own
 #   CUDA=ON|OFF  whether the native kernels are compiled for the GPU (default ON)
@@ -19,6 +20,7 @@ cd "$ROOT" || exit 2
 PYTHON=${PYTHON:-python3}
 STEPS=${STEPS:-machine build tests sanitizer micro bench}
 BUDGET=${BUDGET:-240}
+LIMIT=${LIMIT:-560}
 CASES=${CASES:-}
 DRY_RUN=${DRY_RUN:-0}
 WHEELS=${WHEELS:-}
@@ -44,15 +46,23 @@ STARTED=$SECONDS
 SUMMARY=()
 FAILED=0
 
+seconds_left() { echo $((LIMIT - (SECONDS - STARTED))); }
+smaller() { echo $(($1 < $2 ? $1 : $2)); }
+
 # part NAME SECONDS COMMAND...: run it with a time limit and a log of its own, and remember how it went.
 part() {
-  local name=$1 limit=$2 begun=$SECONDS code
+  local name=$1 limit begun=$SECONDS code
+  limit=$(smaller "$2" "$(seconds_left)")
   shift 2
   if [[ $DRY_RUN == 1 ]]; then
     printf 'DRY_RUN %s (%s s):' "$name" "$limit"
     printf ' %q' "$@"
     printf '\n'
     return 0
+  fi
+  if ((limit < 5)); then
+    skip "$name" "no time left"
+    return 124
   fi
   printf '== %s\n' "$name"
   timeout --kill-after=10 "$limit" "$@" >"$LOGS/$name.log" 2>&1
@@ -172,8 +182,10 @@ if wants micro; then
 fi
 
 if wants bench; then
+  # The process under way when the budget ends may take another 20 seconds.
+  budget=$(smaller "$BUDGET" $(($(seconds_left) - 25)))
   # shellcheck disable=SC2086  # CASES is a list of words
-  TAIL=200 part bench $((BUDGET + 30)) "$PYTHON" -m bench.gpu --out "$OUT" --time-budget "$BUDGET" \
+  TAIL=200 part bench $((budget + 25)) "$PYTHON" -m bench.gpu --out "$OUT" --time-budget "$budget" \
     ${CASES:+--cases $CASES}
 fi
 
