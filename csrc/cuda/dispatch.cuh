@@ -39,6 +39,8 @@ void dispatch_head(HeadMode mode, Fn&& fn) {
   }
 }
 
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
+
 inline void check_block(const char* kernel, const LogitsBlock& block, bool writes) {
   const auto fail = [&](const char* what, int64_t got) {
     throw std::invalid_argument(std::string(kernel) + ": " + what + ", got " + std::to_string(got));

@@ -258,6 +258,13 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
   check_block("softmax_residual", block, true);
   check_row_plan(plan);
   if (block.rows == 0) return;
+  const int64_t vectors = (block.cols * element_size(block.dtype) + 15) / 16;
+  if (plan.stage == RowStage::registers &&
+      vectors > int64_t{kRegisterVectors} * plan.cluster * plan.threads) {
+    throw std::invalid_argument("row plan: stage registers must hold the row of " + std::to_string(vectors) +
+                                " vectors, got cluster=" + std::to_string(plan.cluster) +
+                                ", threads=" + std::to_string(plan.threads));
+  }
 
   // Label smoothing needs the sum of the logits, which the identity head does not keep.
   HeadMode mode = head_mode(head);
