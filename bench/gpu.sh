@@ -171,12 +171,11 @@ if wants sanitizer; then
 fi
 
 if wants micro; then
-  for script in bench/micro/row_kernels.py bench/micro/triton_kernels.py; do
-    name=micro-$(basename "$script" .py)
-    if [[ -f $script ]]; then
-      TAIL=40 part "$name" 90 env OUT="$OUT" "$PYTHON" "$script" --out "$OUT"
+  for name in row_kernels triton_kernels; do
+    if [[ -f bench/micro/$name.py ]]; then
+      TAIL=40 part "micro-${name%_kernels}" 90 "$PYTHON" -m "bench.micro.$name" --out "$OUT/$name.json"
     else
-      skip "$name" "$script is not there"
+      skip "micro-${name%_kernels}" "bench/micro/$name.py is not there"
     fi
   done
 fi

@@ -6,6 +6,8 @@ machine's load falls on one of them; `bench.cpu` interleaves them and writes the
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ WORST_ERROR = {"float32": 1e-4, "bfloat16": 3e-2}
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward(benchmark, case: Case, name: str) -> None:
+def test_forward_and_backward(benchmark: Any, case: Case, name: str) -> None:
     """Time one contestant on one case after checking it on a smaller one of the same kind."""
     device = torch.device("cpu")
     contestant = CONTESTANTS[name]
