@@ -40,3 +40,57 @@ SEGMENT_CONFIG = RowConfig(block=1024, num_warps=4)
 # `scale_` strides over its tensor with a bounded grid: a factor of 1 then costs a thousand loads of one number.
 SCALE_CONFIG = RowConfig(block=4096, num_warps=8)
 SCALE_MAX_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """One tile of the fused head product: (block_m rows) x (block_n columns), block_k deep per step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    """Row tiles that sweep the vocabulary together, so that a tile of the weight is read from L2 by all of them."""
+    num_warps: int
+    num_stages: int
+    uses_descriptors: bool = False
+    """Load through the tensor memory accelerator (sm_90 and later)."""
+
+
+LINEAR_CONFIGS: dict[tuple[str, int], LinearConfig] = {
+    # (target family, bytes of an element). None of these was measured yet; the reasoning:
+    # sm_90: the widest tile of two warpgroups' accumulators, 3 stages of 48 KiB.
+    ("sm90", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
+    # sm_100: accumulators live in tensor memory; same tile, one stage more fits.
+    ("sm100", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
+    # sm_80: 255 registers hold 128 x 256 only just; 128 x 128 leaves room for the epilogue.
+    ("sm80", 2): LinearConfig(128, 128, 32, 8, 8, 4),
+    # 99 KiB of shared memory (sm_86, sm_89, sm_120 and anything not listed).
+    ("small", 2): LinearConfig(128, 128, 32, 8, 8, 4),
+    # 64 KiB of LDS, 64 lanes a wave.
+    ("hip", 2): LinearConfig(128, 128, 32, 8, 8, 2),
+    # float32 runs in full precision, on the vector units: small tiles.
+    ("small", 4): LinearConfig(64, 64, 16, 8, 8, 2),
+    ("hip", 4): LinearConfig(64, 64, 16, 8, 8, 2),
+}
+
+
+def target_family(backend: str, capability: int) -> str:
+    """The row of `LINEAR_CONFIGS` for a target: `capability` is 10 * major + minor, ignored for "hip"."""
+    if backend == "hip":
+        return "hip"
+    if capability in (80, 87):
+        return "sm80"
+    if capability // 10 == 9:
+        return "sm90"
+    return "sm100" if capability // 10 == 10 else "small"
+
+
+def linear_config(family: str, itemsize: int) -> LinearConfig:
+    """The configuration of the fused head product for a target family and an element size (2 or 4 bytes)."""
+    return LINEAR_CONFIGS.get((family, itemsize)) or LINEAR_CONFIGS["small", itemsize]
+
+
+# The merge reads two floats per row and vocabulary tile: a row of the partials per step is enough.
+MERGE_ROWS = 64
+MERGE_TILES = 32

@@ -120,12 +120,12 @@ def merge_softmax(max_a, sum_a, max_b, sum_b):
 
 
 @triton.jit
-def token_residual(z, slope, is_label, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS: tl.constexpr):
-    """d(token loss)/d(raw logit) of one block.
+def token_residual(log_p, slope, is_label, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS: tl.constexpr):
+    """d(token loss)/d(raw logit) of one block, of which `log_p` = z - lse.
 
     The label's p - 1 comes from expm1(logp): subtracting 1 from a rounded p loses everything for a likely token.
     """
-    p = exp(z - lse)
+    p = exp(log_p)
     residual = tl.where(is_label, expm1(logp), p)
     if HAS_EXTRAS:
         residual = (1.0 - label_smoothing) * residual + label_smoothing * (p - inv_vocab) + 2.0 * z_loss * lse * p

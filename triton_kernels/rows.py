@@ -136,7 +136,7 @@ def softmax_residual_kernel(
         shift = finite_shift(row_max)
         log_sum = tl.log(row_sum)
         lse = shift + log_sum
-        # Not label_logit - lse: that would carry the rounding of lse, an error of the size of a likely token's logp.
+        # Never z - lse: lse was rounded, by as much as the logp of a likely token.
         logp = (label_logit - shift) - log_sum
         inv_vocab = 1.0 / V
         column = label.to(tl.int32)
@@ -156,7 +156,15 @@ def softmax_residual_kernel(
             raw = load_raw(row, bias, cols, V, HAS_BIAS)
             z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
             residual = token_residual(
-                z, slope, cols == column, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS
+                (z - shift) - log_sum,
+                slope,
+                cols == column,
+                lse,
+                logp,
+                label_smoothing,
+                z_loss,
+                inv_vocab,
+                HAS_EXTRAS,
             )
             tl.store(out_row + cols, residual.to(out.dtype.element_ty), mask=cols < V)
 
@@ -243,11 +251,12 @@ def residual_from_stats_kernel(
         z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
         if HAS_ROW_SCALE:
             slope *= tl.load(row_scale + m)
+        lse = tl.load(lse_in + m)
         residual = token_residual(
-            z,
+            z - lse,
             slope,
             cols == (label - col_offset).to(tl.int32),
-            tl.load(lse_in + m),
+            lse,
             tl.load(logp_in + m),
             label_smoothing,
             z_loss,

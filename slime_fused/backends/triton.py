@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -33,6 +34,16 @@ def _kernels(module: str) -> ModuleType:
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the one that holds the tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def _target_family(device: torch.device) -> str:
+    """Which row of the table of tile sizes this device uses."""
+    if device.type == "cpu":
+        return "small"
+    major, minor = torch.cuda.get_device_capability(device)
+    family: str = _kernels("configs").target_family("hip" if torch.version.hip else "cuda", 10 * major + minor)
+    return family
 
 
 def _check_labels_on_cpu(labels: Tensor, vocab_size: int) -> None:
@@ -215,6 +226,47 @@ class TritonBackend:
                     weights.pair_weight,
                     weights.token_weight,
                 ),
+            )
+
+    def linear_stats(
+        self,
+        hidden: Tensor,  # [M, D]
+        weight: Tensor,  # [V, D]
+        labels: Tensor,  # [M]
+        bias: Tensor | None,  # [V]
+        head: HeadTransform,
+        *,
+        col_offset: int,
+        row_max: Tensor,  # [M]
+        row_sum: Tensor,  # [M]
+        label_logit: Tensor,  # [M]
+    ) -> None:
+        """`logits_stats` of ``hidden @ weight.T`` without storing the logits (an extension of the contract).
+
+        ``hidden`` and ``weight`` share a dtype; columns are contiguous. Statistics are float32, from products that
+        were never rounded. Takes 8 bytes of scratch per row and tile of 128 or 256 columns from PyTorch's allocator.
+        """
+        if hidden.shape[0] == 0:
+            return
+        kernels = _kernels("linear_stats")
+        config = _kernels("configs").linear_config(_target_family(hidden.device), hidden.element_size())
+        shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
+        partials = torch.empty((2, *shape), dtype=torch.float32, device=hidden.device)
+        with _on_device_of(hidden):
+            kernels.linear_stats(
+                hidden,
+                weight,
+                labels,
+                bias,
+                row_max,
+                row_sum,
+                label_logit,
+                partials[0],
+                partials[1],
+                scale=head.scale,
+                softcap=head.softcap,
+                col_offset=col_offset,
+                config=config,
             )
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

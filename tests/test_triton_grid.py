@@ -1,0 +1,66 @@
+"""The shared backend grid on the Triton kernels: in the interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import backend_grid as grid
+from tests.triton_support import DEVICE, INTERPRETING, skip_unless_kernels_run
+
+skip_unless_kernels_run()
+
+from slime_fused.backends.triton import TritonBackend  # noqa: E402
+
+BACKEND = TritonBackend()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_worth_running(case: grid.RowCase) -> bool:
+    """Compiled code may differ with the dtype; in the interpreter only the casts do, and 300 rows take a minute."""
+    if not INTERPRETING:
+        return True
+    return case.rows < 300 and (case.dtype == torch.bfloat16 or case.name in ("all-float32", "plain-float16"))
+
+
+CASES = [case for case in grid.row_cases(DTYPES) if is_worth_running(case)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_softmax_residual(case):
+    grid.check_softmax_residual(BACKEND, case, DEVICE)
+
+
+@pytest.mark.parametrize("shards", [3] if INTERPRETING else [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_stats_then_residual(case, shards):
+    grid.check_stats_then_residual(BACKEND, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(dtype):
+    grid.check_extreme_logits(BACKEND, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_target_does_not_cancel(dtype):
+    grid.check_target_does_not_cancel(BACKEND, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+def test_segment_sum(lengths):
+    grid.check_segment_sum(BACKEND, lengths, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_slime_terms(reduction):
+    grid.check_slime_terms(BACKEND, grid.WEIGHTS[reduction], torch.float32, DEVICE)
+
+
+def test_margin_at_the_hinge():
+    grid.check_margin_at_the_hinge(BACKEND, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype):
+    grid.check_scale(BACKEND, dtype, DEVICE)

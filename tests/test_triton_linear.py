@@ -1,0 +1,131 @@
+"""The fused head product against float64: tails in M, V and D, shards, every head transform, both load paths.
+
+The smallest tiles that still give several of each kind, since the interpreter runs programs one after another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.triton_support import DEVICE, skip_unless_kernels_run
+
+skip_unless_kernels_run()
+
+from slime_fused.triton_kernels import linear_stats as kernels  # noqa: E402
+from slime_fused.triton_kernels.configs import LinearConfig  # noqa: E402
+
+from slime_fused.backends.base import HeadTransform  # noqa: E402
+from slime_fused.backends.torch import TorchBackend  # noqa: E402
+from slime_fused.backends.triton import TritonBackend  # noqa: E402
+
+TILE = LinearConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
+
+
+def make_problem(rows, cols, depth, dtype, *, has_bias):
+    torch.manual_seed(rows + cols + depth)
+    hidden = torch.randn(rows, depth, device=DEVICE).to(dtype)
+    weight = torch.randn(cols, depth, device=DEVICE).mul(2 / depth**0.5).to(dtype)
+    labels = torch.randint(0, cols, (rows,), device=DEVICE)
+    labels[0], labels[1], labels[2] = 0, cols - 1, -100
+    bias = torch.randn(cols, device=DEVICE).to(dtype) if has_bias else None
+    return hidden, weight, labels, bias
+
+
+def exact_stats(hidden, weight, labels, bias, head, col_offset=0):
+    """(max, sum, label logit) in float64."""
+    out = [torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device) for _ in range(3)]
+    TorchBackend().logits_stats(
+        hidden.double() @ weight.double().T,
+        labels,
+        None if bias is None else bias.double(),
+        head,
+        col_offset=col_offset,
+        row_max=out[0],
+        row_sum=out[1],
+        label_logit=out[2],
+        logit_sum=None,
+        merge=False,
+    )
+    return out
+
+
+def run_tile(hidden, weight, labels, bias, head, config, col_offset=0):
+    out = [torch.full((hidden.shape[0],), 7.0, device=hidden.device) for _ in range(3)]
+    shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
+    partial_max, partial_sum = torch.full((2, *shape), torch.nan, device=hidden.device)
+    kernels.linear_stats(
+        hidden,
+        weight,
+        labels,
+        bias,
+        *out,
+        partial_max,
+        partial_sum,
+        scale=head.scale,
+        softcap=head.softcap,
+        col_offset=col_offset,
+        config=config,
+    )
+    return out
+
+
+def assert_stats_match(actual, exact, depth):
+    """float32 sums of `depth` products: compare what is used, the log-sum-exp and the log-probability."""
+    row_max, row_sum, label_logit = (x.double() for x in actual)
+    floor = 1e-6 * depth**0.5 + 1e-6
+    torch.testing.assert_close(row_max + row_sum.log(), exact[0] + exact[1].log(), atol=floor, rtol=1e-6)
+    torch.testing.assert_close(label_logit, exact[2], atol=floor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("uses_descriptors", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "cols", "depth", "head", "has_bias"),
+    [
+        (32, 64, 32, HeadTransform(), False),
+        (41, 75, 40, HeadTransform(scale=0.25, softcap=3.0), True),
+        (5, 33, 24, HeadTransform(), True),
+    ],
+)
+def test_statistics_of_a_product(dtype, uses_descriptors, rows, cols, depth, head, has_bias):
+    hidden, weight, labels, bias = make_problem(rows, cols, depth, dtype, has_bias=has_bias)
+    config = replace(TILE, uses_descriptors=uses_descriptors)
+    actual = run_tile(hidden, weight, labels, bias, head, config)
+    assert_stats_match(actual, exact_stats(hidden, weight, labels, bias, head), depth)
+
+
+def test_rows_that_descriptors_cannot_address_take_the_other_path():
+    hidden, weight, labels, _ = make_problem(20, 50, 21, torch.bfloat16, has_bias=False)
+    assert not kernels.can_use_descriptors(hidden)
+    actual = run_tile(hidden, weight, labels, None, HeadTransform(), replace(TILE, uses_descriptors=True))
+    assert_stats_match(actual, exact_stats(hidden, weight, labels, None, HeadTransform()), 21)
+
+
+def test_shards_of_the_vocabulary():
+    """Each shard's own statistics; a label of another shard counts 0 there."""
+    hidden, weight, labels, _ = make_problem(20, 90, 32, torch.float32, has_bias=False)
+    for begin, end in ((0, 40), (40, 90)):
+        actual = run_tile(hidden, weight[begin:end], labels, None, HeadTransform(), TILE, col_offset=begin)
+        assert_stats_match(actual, exact_stats(hidden, weight[begin:end], labels, None, HeadTransform(), begin), 32)
+
+
+def test_the_same_inputs_give_the_same_bits():
+    hidden, weight, labels, bias = make_problem(20, 90, 32, torch.bfloat16, has_bias=True)
+    first, second = (run_tile(hidden, weight, labels, bias, HeadTransform(), TILE) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backend_method(dtype):
+    """The shipped tile sizes, through the backend; and no rows."""
+    hidden, weight, labels, bias = make_problem(70, 300, 50, dtype, has_bias=True)
+    head = HeadTransform(softcap=10.0)
+    names = ("row_max", "row_sum", "label_logit")
+    out = {name: torch.empty(70, device=DEVICE) for name in names}
+    TritonBackend().linear_stats(hidden, weight, labels, bias, head, col_offset=0, **out)
+    assert_stats_match(list(out.values()), exact_stats(hidden, weight, labels, bias, head), 50)
+    none = {name: torch.empty(0, device=DEVICE) for name in names}
+    TritonBackend().linear_stats(hidden[:0], weight, labels[:0], bias, head, col_offset=0, **none)

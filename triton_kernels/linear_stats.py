@@ -1,0 +1,258 @@
+# ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
+"""The head's product with softmax statistics in its epilogue: the logits live in registers and are never stored.
+
+    z = transform(hidden weight^T + bias)
+    row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   label_logit = z_label
+
+| tensor | shape | dtype | |
+|---|---|---|---|
+| hidden | [M, D], rows `hidden_stride` apart | f32, bf16, f16 | read once per `block_n` columns, mostly from L2 |
+| weight | [V, D], rows `weight_stride` apart | as hidden | read once per `group_m * block_m` rows |
+| labels | [M] | i64 | read; a label outside [col_offset, col_offset + V) has label_logit 0 |
+| bias | [V] or None | as hidden | read |
+| partial_max, partial_sum | [tiles of V, M] | f32 | written, then merged by the second kernel |
+| row_max, row_sum, label_logit | [M] | f32 | written |
+
+FLOPs: 2 M V D. Bytes beyond the operands: 16 M V / block_n. Accumulation: float32, from the product to the
+statistics: unlike logits that went through memory, z is never rounded to bfloat16.
+Limits: float32 operands use full precision ("ieee"), which has no tensor cores.
+Deterministic: every partial and every label logit has one writer, and the merge runs in a fixed order.
+Model: the linear cross-entropy of Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import MERGE_ROWS, MERGE_TILES, LinearConfig
+from .numerics import NEG_INF, exp, finite_shift, head_logit
+
+
+@triton.jit
+def tile_product(
+    hidden,  # [M, D]: a descriptor or a pointer
+    weight,  # [V, D]: a descriptor or a pointer
+    first_row,
+    first_col,
+    M,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden[rows] @ weight[cols]^T in float32, [BLOCK_M, BLOCK_N]; entries outside [M, V] are unspecified."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, D, BLOCK_K):
+            x = hidden.load([first_row, k])
+            w = weight.load([first_col, k])
+            product = tl.dot(x, w.T, product, input_precision="ieee")
+    else:
+        # Clamped, not masked: repeating the last row costs nothing, a mask would cost registers at every step.
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+        cols = tl.minimum(first_col + tl.arange(0, BLOCK_N), V - 1).to(tl.int64)
+        depth = tl.arange(0, BLOCK_K)
+        x_block = hidden + rows[:, None] * hidden_stride + depth[None, :]
+        w_block = weight + cols[None, :] * weight_stride + depth[:, None]
+        for k in range(0, D, BLOCK_K):
+            if EVEN_D:
+                x = tl.load(x_block)
+                w = tl.load(w_block)
+            else:
+                x = tl.load(x_block, mask=depth[None, :] < D - k, other=0.0)
+                w = tl.load(w_block, mask=depth[:, None] < D - k, other=0.0)
+            product = tl.dot(x, w, product, input_precision="ieee")
+            x_block += BLOCK_K
+            w_block += BLOCK_K
+    return product
+
+
+@triton.jit
+def linear_stats_kernel(
+    hidden,  # [M, D]
+    weight,  # [V, D]
+    labels,  # [M]
+    bias,  # [V]
+    partial_max,  # [tiles of V, M]
+    partial_sum,  # [tiles of V, M]
+    label_logit,  # [M], zeroed by the caller
+    M,
+    V,
+    D,
+    hidden_stride,
+    weight_stride,
+    col_offset,
+    scale,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program per tile, in groups of GROUP_M row tiles that meet the same weight tile in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(V, BLOCK_N)
+    group_tiles = GROUP_M * tiles_n
+    tile = tl.program_id(0)
+    group_first = (tile // group_tiles) * GROUP_M
+    group_size = tl.minimum(tiles_m - group_first, GROUP_M)
+    tile_m = group_first + (tile % group_tiles) % group_size
+    tile_n = (tile % group_tiles) // group_size
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    raw = tile_product(
+        hidden,
+        weight,
+        tile_m * BLOCK_M,
+        tile_n * BLOCK_N,
+        M,
+        V,
+        D,
+        hidden_stride,
+        weight_stride,
+        DESCRIPTORS,
+        EVEN_D,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if HAS_BIAS:
+        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    z = head_logit(raw, scale, softcap, HAS_SOFTCAP)
+    z = tl.where((cols < V)[None, :], z, NEG_INF)
+
+    tile_max = tl.max(z, 1)
+    tile_sum = tl.sum(exp(z - finite_shift(tile_max)[:, None]), 1)
+    out_offset = tile_n.to(tl.int64) * M + rows
+    tl.store(partial_max + out_offset, tile_max, mask=rows < M)
+    tl.store(partial_sum + out_offset, tile_sum, mask=rows < M)
+
+    # An ignored (negative) label stays negative: col_offset and tile_n are not.
+    label_col = (tl.load(labels + rows, mask=rows < M, other=-1) - col_offset).to(tl.int32) - tile_n * BLOCK_N
+    is_here = (label_col >= 0) & (label_col < BLOCK_N) & (label_col < V - tile_n * BLOCK_N)
+    # Most tiles hold no label of their rows: skip the search.
+    if tl.max(is_here.to(tl.int32), 0) > 0:
+        is_label = tl.arange(0, BLOCK_N)[None, :] == label_col[:, None]
+        tl.store(label_logit + rows, tl.sum(tl.where(is_label, z, 0.0), 1), mask=is_here & (rows < M))
+
+
+@triton.jit
+def merge_partials_kernel(
+    partial_max,  # [T, M]
+    partial_sum,  # [T, M]
+    row_max,  # [M]
+    row_sum,  # [M]
+    M,
+    T,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merge the T partial statistics of BLOCK_M rows, in order."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        is_valid = (tiles < T)[:, None] & (rows < M)[None, :]
+        offsets = tiles.to(tl.int64)[:, None] * M + rows[None, :]
+        block_max = tl.load(partial_max + offsets, mask=is_valid, other=NEG_INF)
+        block_sum = tl.load(partial_sum + offsets, mask=is_valid, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(block_max, 0))
+        shift = finite_shift(new_max)
+        running_sum = running_sum * exp(running_max - shift) + tl.sum(
+            block_sum * exp(block_max - shift[None, :]), 0
+        )
+        running_max = new_max
+    tl.store(row_max + rows, running_max, mask=rows < M)
+    tl.store(row_sum + rows, running_sum, mask=rows < M)
+
+
+def partial_shape(rows: int, cols: int, config: LinearConfig) -> tuple[int, int]:
+    """Shape of each of the two float32 scratch tensors that `linear_stats` needs."""
+    return triton.cdiv(cols, config.block_n), rows
+
+
+def can_use_descriptors(tensor: Any) -> bool:
+    """Whether the tensor memory accelerator can address it: 16-byte aligned rows, contiguous columns."""
+    row_bytes = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+def linear_stats(
+    hidden: Any,  # [M, D]
+    weight: Any,  # [V, D]
+    labels: Any,  # [M]
+    bias: Any,  # [V] or None
+    row_max: Any,  # [M]
+    row_sum: Any,  # [M]
+    label_logit: Any,  # [M]
+    partial_max: Any,  # [tiles of V, M]
+    partial_sum: Any,  # [tiles of V, M]
+    *,
+    scale: float,
+    softcap: float | None,
+    col_offset: int,
+    config: LinearConfig,
+) -> None:
+    """Launch both kernels; M > 0 and V > 0."""
+    (rows, depth), cols = hidden.shape, weight.shape[0]
+    uses_descriptors = config.uses_descriptors and can_use_descriptors(hidden) and can_use_descriptors(weight)
+    operands = (hidden, weight)
+    if uses_descriptors:
+        operands = (
+            TensorDescriptor(hidden, [rows, depth], [hidden.stride(0), 1], [config.block_m, config.block_k]),
+            TensorDescriptor(weight, [cols, depth], [weight.stride(0), 1], [config.block_n, config.block_k]),
+        )
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
+    label_logit.zero_()
+    linear_stats_kernel[(tiles,)](
+        *operands,
+        labels,
+        bias,
+        partial_max,
+        partial_sum,
+        label_logit,
+        rows,
+        cols,
+        depth,
+        hidden.stride(0),
+        weight.stride(0),
+        col_offset,
+        scale,
+        softcap or 0.0,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        DESCRIPTORS=uses_descriptors,
+        EVEN_D=depth % config.block_k == 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    merge_partials_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
+        partial_max,
+        partial_sum,
+        row_max,
+        row_sum,
+        rows,
+        partial_max.shape[0],
+        BLOCK_M=MERGE_ROWS,
+        BLOCK_T=MERGE_TILES,
+        num_warps=4,
+    )
