@@ -135,7 +135,7 @@ MODELS = {
 
 
 def gpu_case(model: str, tokens: int, masked: float = 0.0, *, frozen_head: bool = False) -> Case:
-    """A case at the head of a published model: bf16, sequences of 1024 positions, 1 GiB of workspace."""
+    """A case at the head of a published model: bf16, sequences of 512 positions, 1 GiB of workspace."""
     d, v = MODELS[model]
     name = f"{model}-{tokens // 1024}k" + (f"-m{round(100 * masked)}" if masked else "")
     return Case(
@@ -144,7 +144,7 @@ def gpu_case(model: str, tokens: int, masked: float = 0.0, *, frozen_head: bool 
         hidden=d,
         vocab=v,
         dtype="bfloat16",
-        pairs=tokens // 2048,
+        pairs=tokens // 1024,
         masked=masked,
         frozen_head=frozen_head,
         workspace=GIB,
@@ -171,7 +171,7 @@ GPU_CASES = (
 
 
 def _cpu_case(name: str, tokens: int, d: int, v: int, dtype: str, **options: object) -> Case:
-    return Case(name, tokens, d, v, dtype, pairs=4, workspace=256 * MIB).but(**options)
+    return Case(name, tokens, d, v, dtype, pairs=tokens // 256, workspace=256 * MIB).but(**options)
 
 
 CPU_CASES = (

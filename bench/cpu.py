@@ -28,6 +28,7 @@ _PROCESS_LIMIT_S = 1200.0
 _ALL = (
     "products",
     "slime_fused",
+    "slime_fused-auto",
     "naive",
     "naive-cross-entropy",
     "naive-no-upcast",
@@ -36,7 +37,7 @@ _ALL = (
     "slime_fused-logps",
 )
 _MEAN = ("ce-slime_fused", "ce-naive", "ce-torch-linear")
-_FEW = ("products", "slime_fused", "naive", "naive-no-upcast")
+_FEW = ("products", "slime_fused", "slime_fused-auto", "naive", "naive-no-upcast")
 _MEMORY = ("slime_fused", "slime_fused-logps", "naive", "naive-cross-entropy", "torch-linear-ce")
 
 

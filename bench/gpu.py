@@ -53,7 +53,7 @@ _PEERS_HEADLINE = (
     "liger-scaled",
 )
 _BACKENDS = ("slime_fused-cuda", "slime_fused-triton", "slime_fused-torch")
-_SHORT = ("slime_fused", "naive", "trl-fused-head")
+_SHORT = ("slime_fused", "slime_fused-auto", "naive", "trl-fused-head")
 _PEERS_SHORT = ("cce", "liger-ce-none", "simpo-liger", "simpo-slime_fused")
 
 
@@ -72,10 +72,10 @@ def default_heats() -> tuple[Heat, ...]:
         Heat((HEADLINE,), _OURS_HEADLINE),
         Heat((HEADLINE,), _BASELINE_HEADLINE),
         Heat((HEADLINE,), _PEERS_HEADLINE[:5]),
-        Heat(others[:5], _SHORT[:1]),
+        Heat(others[:5], _SHORT[:2]),
         Heat((HEADLINE,), _BACKENDS),
         Heat((HEADLINE,), _PEERS_HEADLINE[5:]),
-        Heat(others[:5], _SHORT[1:]),
+        Heat(others[:5], _SHORT[2:]),
         Heat(others[5:], _SHORT),
         Heat(others[:5], _PEERS_SHORT),
     )
