@@ -75,6 +75,11 @@ class RowSet:
             return source.index_select(0, self.index)
         return self.of_labelled(source)
 
+    def copy(self, source: Tensor) -> Tensor:
+        """(N_all, ...) -> (M, ...), always a new tensor."""
+        taken = self.take(source)
+        return taken.clone() if self.index is None and len(self.spans) == 1 else taken
+
     def put(self, target: Tensor, value: Tensor) -> None:
         """Write (M, ...) to these rows of (N_all, ...)."""
         if self.index is not None:
@@ -114,8 +119,8 @@ class ChunkEngine:
         rows = self.targets.shape[0]
         return TokenStats(self._empty(rows), self._empty(rows), self._empty(rows))
 
-    def logits(self, rows: RowSet) -> tuple[Tensor, Tensor]:
-        """(hidden states (M, D), their raw logits (M, V)) of a chunk; the logits live until the next call."""
+    def logits(self, rows: RowSet) -> Tensor:
+        """(M, V) raw logits of a chunk; they live until the next call."""
         hidden = rows.take(self.head.hidden)
         if self._buffer is None:
             p = self.plan.problem
@@ -125,7 +130,7 @@ class ChunkEngine:
             self._buffer = padded[:, : p.vocab_size]
         logits = self._buffer[: hidden.shape[0]]
         products.write_logits(hidden, self.head.weight, logits)
-        return hidden, logits
+        return logits
 
     def release_buffer(self) -> None:
         """Give the logits buffer back."""
@@ -133,7 +138,7 @@ class ChunkEngine:
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
         """Statistics of a chunk without its residual."""
-        _, logits = self.logits(rows)
+        logits = self.logits(rows)
         token_loss, vocab = self.head.token_loss, logits.shape[1]
         row_max, row_sum, label_logit, logit_sum = self._empty(4, logits.shape[0]).unbind()
         smoothing = token_loss.label_smoothing
@@ -159,9 +164,9 @@ class ChunkEngine:
             loss += token_loss.z_loss * lse**2
         self.write_stats(rows, TokenStats(lse, logp, loss), out)
 
-    def residual(self, rows: RowSet, out: TokenStats) -> tuple[Tensor, Tensor]:
-        """(hidden states (M, D), residual (M, V)) of a chunk; its statistics go to ``out``."""
-        hidden, logits = self.logits(rows)
+    def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
+        """(M, V) residual of a chunk; its statistics go to ``out``."""
+        logits = self.logits(rows)
         lse, logp, loss = self._empty(3, logits.shape[0]).unbind()
         self.head.backend.softmax_residual(
             logits,
@@ -175,11 +180,11 @@ class ChunkEngine:
             loss=loss,
         )
         self.write_stats(rows, TokenStats(lse, logp, loss), out)
-        return hidden, logits
+        return logits
 
-    def residual_again(self, rows: RowSet, known: TokenStats) -> tuple[Tensor, Tensor]:
+    def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
         """As `residual`, where the statistics are known from an earlier pass."""
-        hidden, logits = self.logits(rows)
+        logits = self.logits(rows)
         self.head.backend.residual_from_stats(
             logits,
             logits,
@@ -193,7 +198,7 @@ class ChunkEngine:
             logp=rows.of_labelled(known.logp),
             row_scale=None,
         )
-        return hidden, logits
+        return logits
 
     def add_hidden_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor | None) -> None:
         """Rows of dX = c * (R W); R W alone where c is not known yet."""
@@ -201,14 +206,16 @@ class ChunkEngine:
             return
         value = products.residual_times_weight(residual, self.head.weight)
         if coefficient is not None:
-            value.mul_(coefficient[:, None])
+            products.scale_rows_(value, coefficient)
         rows.put(self.d_hidden, value)
 
-    def add_head_grad(self, hidden: Tensor, residual: Tensor, coefficient: Tensor) -> None:
+    def add_head_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor) -> None:
         """DW += R^T (c * X) and db += R^T c."""
         p, weight = self.plan.problem, self.head.weight
         if p.want_weight:
-            scaled = (hidden * coefficient[:, None]).to(hidden.dtype)
+            # Gathered again rather than kept beside R W: one (rows x hidden) array at a time.
+            scaled = rows.copy(self.head.hidden)
+            products.scale_rows_(scaled, coefficient)
             is_first = self.d_weight is None
             if self.d_weight is None:
                 accumulator = torch.float32 if self.plan.accumulator_bytes else weight.dtype

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slime_fused import products
 from slime_fused.backends.base import Backend, SlimeWeights
 from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, TokenStats, join
 from slime_fused.layout import TokenLayout
@@ -58,7 +59,7 @@ def _slime_stream(
             (starts[num_pairs + chunk.begin], starts[num_pairs + chunk.end]),
         ]
         rows = RowSet(layout, spans)
-        hidden, residual = engine.residual(rows, stats)
+        residual = engine.residual(rows, stats)
         size = 2 * (chunk.end - chunk.begin) + 1
         chunk_bounds = bounds[first : first + size]
         pairs, d_logp = slime_terms(backend, rows.of_labelled(stats.logp), chunk_bounds, weights, True)
@@ -67,8 +68,7 @@ def _slime_stream(
         if d_logp is not None:
             coefficient = d_logp.mul_(-grad_scale)
             engine.add_hidden_grad(rows, residual, coefficient)
-            engine.add_head_grad(hidden, residual, coefficient)
-        del hidden, residual
+            engine.add_head_grad(rows, residual, coefficient)
     engine.release_buffer()
     return _join_pairs(parts), engine.gradients()
 
@@ -92,16 +92,14 @@ def _slime_sweep(
     return pairs, engine.gradients()
 
 
-def forward_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats) -> Tensor | None:
-    """Statistics of all rows and, where dX is wanted, the rows of R W in its place. Returns the last residual."""
-    residual = None
+def forward_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats) -> None:
+    """Statistics of all rows and, where dX is wanted, the rows of R W in its place."""
     for rows in blocks:
         if engine.d_hidden is None:
             engine.stats(rows, stats)
         else:
-            _, residual = engine.residual(rows, stats)
+            residual = engine.residual(rows, stats)
             engine.add_hidden_grad(rows, residual, None)
-    return residual
 
 
 def head_grad_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats, coefficient: Tensor) -> None:
@@ -110,8 +108,8 @@ def head_grad_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats
     if not (problem.want_weight or problem.want_bias):
         return
     for rows in blocks:
-        hidden, residual = engine.residual_again(rows, stats)
-        engine.add_head_grad(hidden, residual, rows.of_labelled(coefficient))
+        residual = engine.residual_again(rows, stats)
+        engine.add_head_grad(rows, residual, rows.of_labelled(coefficient))
 
 
 def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:
@@ -119,7 +117,7 @@ def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> No
     if layout.rows is not None:
         full = coefficient.new_zeros(d_hidden.shape[0])
         coefficient = full.index_copy_(0, layout.rows, coefficient)
-    d_hidden.mul_(coefficient[:, None])
+    products.scale_rows_(d_hidden, coefficient)
 
 
 def cross_entropy_forward(
@@ -132,10 +130,10 @@ def cross_entropy_forward(
         if plan.kind == "eval":
             engine.stats(rows, stats)
             continue
-        hidden, residual = engine.residual(rows, stats)
-        factors = stats.loss.new_full((hidden.shape[0],), coefficient)
+        residual = engine.residual(rows, stats)
+        factors = stats.loss.new_full((residual.shape[0],), coefficient)
         engine.add_hidden_grad(rows, residual, factors)
-        engine.add_head_grad(hidden, residual, factors)
+        engine.add_head_grad(rows, residual, factors)
     engine.release_buffer()
     return stats.loss.sum(), engine.gradients()
 

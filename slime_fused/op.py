@@ -223,7 +223,7 @@ class TokenPass:
         """(N_all,) token losses."""
         plan = self._call.plan
         if plan.kind == "stream" and self._blocks:
-            _, self._residual = self._engine.residual(self._blocks[0], self.stats)
+            self._residual = self._engine.residual(self._blocks[0], self.stats)
             self._engine.add_hidden_grad(self._blocks[0], self._residual, None)
             problem = plan.problem
             if not (problem.want_weight or problem.want_bias):
@@ -264,8 +264,7 @@ class TokenPass:
         if layout.rows is not None:
             coefficient = coefficient.index_select(0, layout.rows)
         if self._residual is not None:
-            rows = self._blocks[0]
-            engine.add_head_grad(rows.take(self._call.head.hidden), self._residual, coefficient)
+            engine.add_head_grad(self._blocks[0], self._residual, coefficient)
         else:
             execute.head_grad_sweep(engine, self._blocks, self.stats, coefficient)
             engine.release_buffer()

@@ -61,8 +61,13 @@ class Problem:
 
     @property
     def row_bytes(self) -> int:
-        """Workspace of one row: its logits, its gathered hidden state, g * x, and its row of R W (float32)."""
-        return self.row_pitch * self.itemsize + self.hidden_size * (2 * self.itemsize + max(4, self.itemsize))
+        """Workspace of one row: its logits."""
+        return self.row_pitch * self.itemsize
+
+    @property
+    def row_scratch_bytes(self) -> int:
+        """What one row takes beside its logits: its row of R W (float32 at least), or its gathered hidden state."""
+        return self.hidden_size * max(4, self.itemsize)
 
     @property
     def wants_gradient(self) -> bool:
@@ -87,7 +92,7 @@ class Plan:
     problem: Problem
     chunks: tuple[Chunk, ...]
     workspace: int
-    """Byte budget of everything that grows with rows x vocabulary."""
+    """Byte budget of the logits buffer."""
     reason: str
 
     @property
@@ -99,6 +104,11 @@ class Plan:
     def workspace_bytes(self) -> int:
         """What the largest chunk takes of the budget."""
         return self.chunk_rows * self.problem.row_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the largest chunk takes beside its logits, hidden / vocabulary of the workspace in size."""
+        return self.chunk_rows * self.problem.row_scratch_bytes
 
     @property
     def accumulates_weight_grad(self) -> bool:
@@ -139,6 +149,7 @@ class Plan:
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows",
             f"workspace    {format_bytes(self.workspace_bytes)} of {format_bytes(self.workspace)} "
             f"(all logits at once: {format_bytes(p.rows * p.row_pitch * p.itemsize)})",
+            f"scratch      {format_bytes(self.scratch_bytes)} of hidden-sized rows",
             f"accumulator  {format_bytes(self.accumulator_bytes)}"
             + (" (float32 dW over several chunks)" if self.accumulator_bytes else ""),
             f"products     {self.products} of rows x vocabulary x hidden, {self.flops / 1e12:.3g} TFLOP",
@@ -155,7 +166,7 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
     if capacity < 1:
         raise ValueError(
             f"workspace: expected at least {problem.row_bytes} bytes ({format_bytes(problem.row_bytes)}, one row "
-            f"of {problem.vocab_size} logits and its hidden states), got {workspace}"
+            f"of {problem.vocab_size} logits), got {workspace}"
         )
     if not problem.wants_gradient:
         return Plan("eval", problem, _row_chunks(problem.rows, capacity), workspace, "no gradient is wanted")

@@ -63,6 +63,16 @@ def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *
         d_weight.addmm_(residual.t(), scaled_hidden)
 
 
+def scale_rows_(rows: Tensor, coefficient: Tensor) -> None:
+    """``rows`` (M, D) *= ``coefficient`` (M,) in place, rounded once."""
+    if rows.dtype == coefficient.dtype or rows.device.type != "cpu":
+        rows.mul_(coefficient[:, None])
+        return
+    # On the CPU mixed dtypes go through a float32 copy of the operand: keep that small.
+    for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size()):
+        rows[block].mul_(coefficient[block, None])
+
+
 def add_bias_grad(d_bias: Tensor, residual: Tensor, coefficient: Tensor) -> None:
     """``d_bias`` (V,) acc += ``residual`` (M, V)^T @ ``coefficient`` (M,), accumulated in float32 (float64)."""
     for cols in _blocks(d_bias.shape[0], residual.shape[0] * d_bias.element_size()):
