@@ -9,6 +9,7 @@
 #   CASES="..."  cases of the `bench` step (default: all, most important first)
 #   PYTHON=...   interpreter (default python3); packages go to a temporary environment on top of its own
 #   CUDA=ON|OFF  whether the native kernels are compiled for the GPU (default ON)
+#   BENCH_COMMIT=hash  the commit, where the tree has no history to ask
 #   DRY_RUN=1    print the commands, and import every Python module they use, without running them
 #
 # A part that fails does not stop the others. The exit code is non-zero if a correctness step (build, tests,

@@ -96,7 +96,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     root = str(Path(__file__).parent.parent)
     machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _command_output("git", "-C", root, "rev-parse", "HEAD") or "unknown",
+        # A copy of the tree without its history can be told which commit it is.
+        "commit": os.environ.get("BENCH_COMMIT")
+        or _command_output("git", "-C", root, "rev-parse", "HEAD")
+        or "unknown",
         "modified": bool(_command_output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
