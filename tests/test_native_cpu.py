@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -339,3 +341,16 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     with pytest.raises(ValueError, match=r"expected one of scalar.* got 'mmx'"):
         _C.cpu.use_isa("mmx")
     assert _C.build_info()["cpu_isa"] in _C.cpu.runnable_isas()
+
+
+@pytest.mark.parametrize("name", ["scalar", "mmx"])
+def test_the_environment_names_the_instruction_set(name):
+    code = (
+        f"import sys; sys.path.insert(0, {os.path.dirname(_C.__file__)!r}); import _C; print(_C.cpu.active_isa())"
+    )
+    environment = {**os.environ, "SLIME_FUSED_CPU_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    if name == "scalar":
+        assert done.stdout == "scalar\n"
+    else:
+        assert "SLIME_FUSED_CPU_ISA): expected one of scalar" in done.stderr

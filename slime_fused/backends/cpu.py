@@ -6,7 +6,8 @@ threads as PyTorch is set to, and give the same bits for any number of them.
 
 from __future__ import annotations
 
-from types import ModuleType
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +16,18 @@ from .base import HeadTransform, SlimeWeights, TokenLoss, acc_dtype
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # slime_fused::DType
 
-_C: ModuleType | None
+_C: Any
 try:
-    from slime_fused import _C
+    _C, _import_error = import_module("slime_fused._C"), ""
 except ImportError as error:
-    _C = None
-    _import_error = str(error)
+    _C, _import_error = None, str(error)
 
 
-def _native() -> ModuleType:
+def _native() -> Any:
     """The CPU half of the extension module; RuntimeError with the reason where it was not built."""
     if _C is None:
         raise RuntimeError(CpuBackend().available()[1])
-    return _C.cpu  # type: ignore[no-any-return]
+    return _C.cpu
 
 
 def _matrix(name: str, tensor: Tensor, dtype: torch.dtype | None = None, shape: torch.Size | None = None) -> int:
@@ -262,4 +262,5 @@ class CpuBackend:
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         """See :meth:`Backend.scale_`."""
         if factor.item() != 1.0:
-            tensor.mul_(factor.to(tensor.dtype))
+            # Not rounded to the dtype of the tensor: a loss scaler's 65536 would be infinite in float16.
+            tensor.mul_(factor)
