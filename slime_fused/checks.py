@@ -95,13 +95,13 @@ def check_token_loss(label_smoothing: float, z_loss: float) -> None:
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
 
 
-def check_pairs(num_sequences: int) -> None:
-    """Refuse a number of sequences that is not 2P with P >= 1."""
+def check_pairs(num_sequences: int, argument: str = "labels") -> None:
+    """Refuse a number of sequences that is not 2P with P >= 1; ``argument`` is what it was read off."""
     if num_sequences == 0:
-        raise ValueError("labels: expected at least one pair (two sequences), got none")
+        raise ValueError(f"{argument}: expected at least one pair (two sequences), got none")
     if num_sequences % 2:
         raise ValueError(
-            f"labels: expected an even number of sequences (P chosen, then P rejected), got {num_sequences}"
+            f"{argument}: expected an even number of sequences (P chosen, then P rejected), got {num_sequences}"
         )
 
 

@@ -65,9 +65,7 @@ def slime_loss(
             label out of range is an asynchronous device assertion on a GPU.
         RuntimeError: in backward, for a second derivative.
     """
-    config = config or SlimeLossConfig()
-    if not isinstance(config, SlimeLossConfig):
-        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
+    config = _config_or_default(config)
     hidden, weight, labels, bias, cu_seqlens, options = _prepare(
         hidden,
         weight,
@@ -291,14 +289,14 @@ def slime_terms(
     Raises:
         TypeError, ValueError: wrong dtypes or shapes, boundaries that do not fit, an empty response.
     """
-    config = config or SlimeLossConfig()
+    config = _config_or_default(config)
     if not isinstance(logp, Tensor) or logp.dtype not in (torch.float32, torch.float64):
         got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
         raise TypeError(f"logp: expected a float32 or float64 tensor, got {got}")
     if logp.dim() != 1:
         raise ValueError(f"logp: expected (N,), got shape {tuple(logp.shape)}")
     checks.check_cu_seqlens(cu_seqlens, logp.device)
-    checks.check_pairs(cu_seqlens.shape[0] - 1)
+    checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     lengths = checks.response_lengths(cu_seqlens, logp.shape[0])
     weights = slime_weights(_numbers(config), config.stabilizer_reduction, lengths)
     wants = torch.is_grad_enabled() and logp.requires_grad
@@ -409,7 +407,8 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     dtype = torch.get_autocast_dtype(hidden.device.type)
 
     def cast(x: Tensor) -> Tensor:
-        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_cast else x
 
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
@@ -422,6 +421,14 @@ def _label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore
     cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
     at_bounds = cumulative[cu_seqlens.long()]
     return at_bounds[1:] - at_bounds[:-1]
+
+
+def _config_or_default(config: SlimeLossConfig | None) -> SlimeLossConfig:
+    if config is None:
+        return SlimeLossConfig()
+    if not isinstance(config, SlimeLossConfig):
+        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
+    return config
 
 
 def _numbers(config: SlimeLossConfig) -> tuple[float, ...]:

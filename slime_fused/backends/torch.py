@@ -13,6 +13,8 @@ from torch import Tensor
 
 from slime_fused.backends.base import HeadTransform, SlimeWeights, TokenLoss, acc_dtype
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def transform_logits(raw: Tensor, bias: Tensor | None, head: HeadTransform) -> Tensor:
     """(M, V) raw products -> the logits of the softmax, in acc dtype."""
@@ -42,8 +44,10 @@ class TorchBackend:
         return True, "plain PyTorch, any device"
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        """Every floating dtype on every device."""
-        return dtype.is_floating_point, "expected a floating dtype"
+        """Four dtypes on every device; no product of 8-bit floats takes plain tensors."""
+        if dtype not in _DTYPES:
+            return False, f"the torch backend takes float32, bfloat16, float16 and float64, got {dtype}"
+        return True, ""
 
     def softmax_residual(
         self,
