@@ -300,7 +300,9 @@ def slime_terms(
     lengths = checks.response_lengths(cu_seqlens, logp.shape[0])
     weights = slime_weights(_numbers(config), config.stabilizer_reduction, lengths)
     wants = torch.is_grad_enabled() and logp.requires_grad
-    outputs = op.SlimeTermsFunction.apply(logp.contiguous(), cu_seqlens.to(torch.int32), weights, backend, wants)
+    outputs = op.SlimeTermsFunction.apply(
+        logp.contiguous(), cu_seqlens.to(torch.int32).contiguous(), weights, backend, wants
+    )
     return SlimeOutput(*outputs)
 
 
