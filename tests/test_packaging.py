@@ -193,3 +193,21 @@ def test_vector_code_stays_out_of_functions_that_others_share(tmp_path):
     shared = [name for _, kind, name in defined if kind not in "tdrb"]
     assert len(defined) > 100
     assert shared == ["_ZN11slime_fused3cpu5probe11kRowKernelsE"]
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_a_build_with_cuda_imports_without_a_driver(tmp_path):
+    """Two architectures, since a list is what CMake and compilers disagree about; no GPU is needed."""
+    options = {
+        "SLIME_FUSED_CUDA_ARCHS": "80;90",
+        "SLIME_FUSED_OUTPUT_DIR": tmp_path,
+        "Python_EXECUTABLE": sys.executable,
+    }
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    build = tmp_path / "build"
+    run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], cwd=tmp_path, SLIME_FUSED_CUDA="ON")
+    run(["cmake", "--build", build, "--parallel", "2"], cwd=tmp_path)
+    code = "import _C; info = _C.build_info(); print(info['cuda'], info['cuda_archs']); print(dir(_C.cuda))"
+    first, functions = run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    assert first == "True 80-real 90"
+    assert "'softmax_residual'" in functions
