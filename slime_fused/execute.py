@@ -145,13 +145,14 @@ def slime_weights(lambdas: Sequence[float], reduction: str, lengths: Sequence[in
     return SlimeWeights(*(*lambdas, 1 / num_pairs, token_weight))
 
 
-def gradient_scale(dtype: torch.dtype, rows: int) -> float:
-    """A power of two that keeps half-precision gradients of a mean over ``rows`` tokens out of the subnormals.
+def gradient_scale(dtype: torch.dtype, divisor: int) -> float:
+    """A power of two that keeps half-precision gradients of a mean out of the subnormals; 1 for other dtypes.
 
     The gradients are formed in the forward pass, before a loss scaler's factor can reach them; backward divides
-    by this again. 1 for every dtype with float32's exponent range.
+    by this again. ``divisor`` is the least that the loss of any token is divided by, so that no coefficient is
+    lifted above that of a sum: a larger scale would make short responses beside long ones overflow.
     """
-    return 2.0 ** max(0, math.floor(math.log2(max(rows, 1))) - 1) if dtype == torch.float16 else 1.0
+    return 2.0 ** math.floor(math.log2(max(divisor, 1))) if dtype == torch.float16 else 1.0
 
 
 def slime_terms(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -180,9 +181,8 @@ def sequence_logprobs(
         workspace=workspace,
     )
     if cu_seqlens is None:
-        length = labels.shape[-1]
-        sequences = labels.numel() // max(length, 1)
-        bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * length
+        sequences = math.prod(labels.shape[:-1])
+        bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * labels.shape[-1]
     else:
         bounds = cu_seqlens.to(torch.int32)
     sums = library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
@@ -419,7 +419,7 @@ def _label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore
     """(S,) labelled tokens of each sequence."""
     has_target = (shift_labels(labels, cu_seqlens, ignore_index) if shift else labels) != ignore_index
     if cu_seqlens is None:
-        return has_target.reshape(-1, labels.shape[-1]).sum(1)
+        return has_target.sum(-1).reshape(-1)
     cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
     at_bounds = cumulative[cu_seqlens.long()]
     return at_bounds[1:] - at_bounds[:-1]

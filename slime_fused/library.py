@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused import execute
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import TokenLoss, acc_dtype
 from slime_fused.calls import HeadOptions, Wants, prepare_call
@@ -56,30 +55,30 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, wants: tuple[bool, ...]) -> 
     )
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients: tuple[Tensor, ...], scale: float) -> None:
-    ctx.save_for_backward(*gradients)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients_and_scale: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*gradients_and_scale)
     ctx.wanted = inputs[-3:]
     ctx.num_rest = len(inputs) - 3
-    ctx.scale = scale
 
 
 def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     """Backward of the operators whose gradients were formed in forward."""
     refuse_second_derivative()
-    factor = upstream / ctx.scale
-    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    *gradients, scale = ctx.saved_tensors
+    factor = upstream / scale
+    pairs = zip(gradients, ctx.wanted, strict=True)
     return *[(g * factor).to(g.dtype) if wanted else None for g, wanted in pairs], *[None] * ctx.num_rest
 
 
-# --- slime_loss: the outputs of SlimeLossFunction, then the scaled gradients ---
+# --- slime_loss: the outputs of SlimeLossFunction, the scaled gradients, their scale ---
 
 
 def _slime_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
     cu_seqlens, numbers, reduction, *flat = rest
     parameters = SlimeParameters(tuple(numbers), reduction)
     options, wants = _options(tuple(flat))
-    outputs, gradients, _, _ = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
-    return *outputs, *_dense(gradients, hidden, weight)
+    outputs, gradients, _, scale = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
+    return *outputs, *_dense(gradients, hidden, weight), torch.full_like(outputs[0], scale)
 
 
 def _slime_loss_fake(
@@ -88,13 +87,13 @@ def _slime_loss_fake(
     cu_seqlens = rest[0]
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = acc_dtype(hidden.dtype)
-    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(4)]
+    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(5)]
     pairs = [hidden.new_empty(sequences // 2, dtype=dtype) for _ in range(2)]
-    return *scalars, *pairs, *_fake_gradients(hidden, weight, rest[-3:])
+    return *scalars[:4], *pairs, *_fake_gradients(hidden, weight, rest[-3:]), scalars[4]
 
 
 def _slime_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_gradients(ctx, inputs, output[6:], execute.gradient_scale(inputs[0].dtype, inputs[3].numel()))
+    _save_gradients(ctx, inputs, output[6:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -102,13 +101,13 @@ slime_loss_op = torch.library.custom_op(
     "slime_fused::slime_loss",
     _slime_loss,
     mutates_args=(),
-    schema=f"({_HEAD}, float[] numbers, str reduction, {_OPTIONS}) -> ({', '.join(['Tensor'] * 9)})",
+    schema=f"({_HEAD}, float[] numbers, str reduction, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
 )
 slime_loss_op.register_fake(_slime_loss_fake)
 slime_loss_op.register_autograd(_scaled_gradients, setup_context=_slime_loss_setup)
 
 
-# --- linear_cross_entropy: the mean or summed loss, then its scaled gradients ---
+# --- linear_cross_entropy: the mean or summed loss, its scaled gradients, their scale ---
 
 
 def _cross_entropy(
@@ -116,21 +115,19 @@ def _cross_entropy(
 ) -> tuple[Tensor, ...]:
     cu_seqlens, mean, label_smoothing, z_loss, *flat = rest
     token_loss = TokenLoss(label_smoothing, z_loss)
-    loss, gradients, _, _ = run_cross_entropy(
+    loss, gradients, _, scale = run_cross_entropy(
         hidden, weight, bias, labels, cu_seqlens, mean, token_loss, *_options(tuple(flat))
     )
-    return loss, *_dense(gradients, hidden, weight)
+    return loss, *_dense(gradients, hidden, weight), torch.full_like(loss, scale)
 
 
 def _cross_entropy_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    loss = hidden.new_empty((), dtype=acc_dtype(hidden.dtype))
-    return loss, *_fake_gradients(hidden, weight, rest[-3:])
+    loss, scale = (hidden.new_empty((), dtype=acc_dtype(hidden.dtype)) for _ in range(2))
+    return loss, *_fake_gradients(hidden, weight, rest[-3:]), scale
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    mean = inputs[5]
-    scale = execute.gradient_scale(inputs[0].dtype, inputs[3].numel()) if mean else 1.0
-    _save_gradients(ctx, inputs, output[1:], scale)
+    _save_gradients(ctx, inputs, output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -138,7 +135,7 @@ cross_entropy_op = torch.library.custom_op(
     "slime_fused::linear_cross_entropy",
     _cross_entropy,
     mutates_args=(),
-    schema=f"({_HEAD}, bool mean, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, bool mean, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 cross_entropy_op.register_fake(_cross_entropy_fake)
 cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_cross_entropy_setup)

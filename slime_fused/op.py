@@ -106,7 +106,8 @@ def run_slime(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("slime", hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss())
         weights = execute.slime_weights(parameters.numbers, parameters.reduction, call.layout.lengths)
-        scale = execute.gradient_scale(hidden.dtype, labels.numel())
+        lengths = call.layout.lengths
+        scale = execute.gradient_scale(hidden.dtype, len(lengths) // 2 * min(lengths))
         pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, scale)
         return loss_outputs(pairs), gradients, call.head.backend, scale
 
@@ -171,7 +172,7 @@ def run_cross_entropy(
         if rows == 0:
             raise ValueError("labels: expected at least one label that is not ignore_index, got none")
         share = 1 / rows if mean else 1.0
-        scale = execute.gradient_scale(hidden.dtype, labels.numel()) if mean else 1.0
+        scale = execute.gradient_scale(hidden.dtype, rows) if mean else 1.0
         total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share * scale)
         return total * share, gradients, call.head.backend, scale
 

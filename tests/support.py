@@ -157,23 +157,30 @@ def _grad(leaf: Tensor) -> Tensor:
 
 
 def assert_as_exact_as_plain(
-    fused: Callable[..., Any], plain: Callable[..., Any], batch: Batch, *, options: Mapping[str, Any], **how: Any
+    fused: Callable[..., Any],
+    plain: Callable[..., Any],
+    batch: Batch,
+    *,
+    options: Mapping[str, Any],
+    roundings: float = 1.0,
+    smallest_grad: float = 0.0,
+    **how: Any,
 ) -> None:
     """``fused`` errs no more against float64 than plain PyTorch in the batch's dtype, plus a small floor.
 
     ``options`` go to both functions; ``how`` to `run` of the fused one, except ``wanted`` and ``upstream``, which
-    go to both.
+    go to both. ``roundings`` multiplies the floor; a gradient's floor is never below that of ``smallest_grad``.
     """
     both = {k: how[k] for k in ("wanted", "upstream") if k in how}
     truth = run(plain, batch.to(torch.float64), **options, **both)
     naive = run(plain, batch, **options, **both)
     got = run(fused, batch, **options, **how)
-    eps = _ROUNDINGS[batch.hidden.dtype] * torch.finfo(batch.hidden.dtype).eps
+    eps = roundings * _ROUNDINGS[batch.hidden.dtype] * torch.finfo(batch.hidden.dtype).eps
     for name, value in got.outputs.items():
         assert_close(name, value, naive.outputs[name], truth.outputs[name], eps, smallest=1.0)
     assert got.grads.keys() == truth.grads.keys()
     for name, grad in got.grads.items():
-        assert_close(f"d_{name}", grad, naive.grads[name], truth.grads[name], eps)
+        assert_close(f"d_{name}", grad, naive.grads[name], truth.grads[name], eps, smallest_grad)
 
 
 def assert_close(name: str, got: Tensor, plain: Tensor, truth: Tensor, eps: float, smallest: float = 0.0) -> None:
