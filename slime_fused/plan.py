@@ -27,7 +27,7 @@ ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
 
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
-"""Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU), dW goes through blocks this large."""
+"""Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
 
 _AUTO_ROWS = {"cpu": 1024, "gpu": 4096}
 _AUTO_CAP = {"cpu": 1 << 30, "gpu": 4 << 30}

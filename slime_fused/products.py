@@ -19,7 +19,7 @@ def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight.t(), out=out)
         return
     hidden32 = hidden.float()
-    for cols in _blocks(weight.shape[0], weight.shape[1] * 4):
+    for cols in _blocks(weight.shape[0], sum(hidden.shape) * 4):
         out[:, cols] = hidden32 @ weight[cols].float().t()
 
 
@@ -27,7 +27,7 @@ def residual_times_weight(residual: Tensor, weight: Tensor) -> Tensor:
     """R W: (M, V) @ (V, D) -> (M, D), in float32 where the product can round once at the end, after the scaling."""
     if _is_slow_on_cpu(residual):
         total = torch.zeros(residual.shape[0], weight.shape[1], dtype=torch.float32, device=residual.device)
-        for cols in _blocks(weight.shape[0], weight.shape[1] * 4):
+        for cols in _blocks(weight.shape[0], sum(total.shape) * 4):
             total.addmm_(residual[:, cols].float(), weight[cols].float())
         return total
     if residual.is_cuda and residual.dtype in _LOW_PRECISION:
@@ -50,7 +50,8 @@ def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *
         # No CPU product takes 16-bit operands into a float32 result: go through blocks of the vocabulary.
         upcast = _is_slow_on_cpu(residual)
         scaled = scaled_hidden.float() if upcast else scaled_hidden
-        row_bytes = scaled.shape[1] * scaled.element_size()
+        # A block and its float32 copy, or a block and its float32 residual.
+        row_bytes = 4 * sum(scaled.shape) if upcast else (scaled.element_size() + 4) * scaled.shape[1]
         for cols in _blocks(d_weight.shape[0], row_bytes):
             block = (residual[:, cols].float() if upcast else residual[:, cols]).t() @ scaled
             if is_first:
