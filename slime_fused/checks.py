@@ -73,11 +73,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
 
 def check_transform(logit_scale: float, logit_softcap: float | None) -> None:
     """Refuse a scale or soft cap that is no finite number, or a soft cap that is not positive."""
-    if not isinstance(logit_scale, (int, float)) or not math.isfinite(logit_scale):
+    if not isinstance(logit_scale, (int, float)) or not _is_finite(logit_scale):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
-    if logit_softcap is not None and not (
-        isinstance(logit_softcap, (int, float)) and math.isfinite(logit_softcap) and logit_softcap > 0
-    ):
+    if logit_softcap is not None and not (isinstance(logit_softcap, (int, float)) and 0 < logit_softcap < math.inf):
         raise ValueError(f"logit_softcap: expected None or a number > 0, got {logit_softcap!r}")
 
 
@@ -91,7 +89,7 @@ def check_token_loss(label_smoothing: float, z_loss: float) -> None:
     """Refuse a smoothing outside [0, 1] and a negative or non-finite z-loss weight."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
-    if not (math.isfinite(z_loss) and z_loss >= 0):
+    if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
 
 
@@ -118,6 +116,11 @@ def response_lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
         if length <= 0:
             raise ValueError(f"cu_seqlens: expected every response to hold a token, got {length} in row {s}")
     return lengths
+
+
+def _is_finite(value: float) -> bool:
+    """As `math.isfinite`, which a graph with symbolic numbers (dynamic=True) cannot hold."""
+    return -math.inf < value < math.inf
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -274,7 +274,7 @@ segment_sum_backward_op = torch.library.custom_op(
     "slime_fused::segment_sum_backward",
     _segment_sum_backward,
     mutates_args=(),
-    schema="(Tensor d_out, Tensor cu_seqlens, int size, bool mean, str backend) -> Tensor",
+    schema="(Tensor d_out, Tensor cu_seqlens, SymInt size, bool mean, str backend) -> Tensor",
 )
 segment_sum_op.register_fake(lambda values, cu_seqlens, mean, backend: values.new_empty(cu_seqlens.shape[0] - 1))
 segment_sum_backward_op.register_fake(lambda d_out, cu_seqlens, size, mean, backend: d_out.new_empty(size))

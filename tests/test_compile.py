@@ -1,0 +1,208 @@
+"""`torch.compile` holds every loss in one graph, and the operators under it keep the rules of `torch.library`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import slime_fused as sf
+from slime_fused import library, reference
+from slime_fused.calls import HeadOptions, Wants
+from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
+
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "slime_loss": ("slime_loss", {"config": sf.SlimeLossConfig(stabilizer_reduction="token")}),
+    "linear_logprobs": ("linear_logprobs", {}),
+    "linear_cross_entropy": ("linear_cross_entropy", {"label_smoothing": 0.1, "z_loss": 0.01}),
+    "cross_entropy_none": ("linear_cross_entropy", {"reduction": "none"}),
+    "sequence_logprobs": ("sequence_logprobs", {"reduction": "mean"}),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(name: str, compiler: str = "aot_eager", **compile_options: Any) -> Callable[..., Any]:
+    """The public function in one graph: a break is an error."""
+    return torch.compile(getattr(sf, name), fullgraph=True, backend=compiler, **compile_options)
+
+
+def check(name: str, function: Callable[..., Any], batch: Batch, options: dict[str, Any], **how: Any) -> None:
+    both = {**options, **{k: v for k, v in how.items() if k not in ("wanted", "upstream", "workspace")}}
+    plain = getattr(reference, name)
+    only = {k: how[k] for k in ("wanted", "upstream", "workspace") if k in how}
+    assert_as_exact_as_plain(function, plain, batch, options=both, **only)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_graph(loss, layout, compiler):
+    name, options = LOSSES[loss]
+    batch = make_batch((4, 3, 5, 2), has_bias=True, ignore_index=3)
+    batch = pack(batch) if layout == "packed" else batch
+    check(name, compiled(name, compiler), batch, options, shift=True, logit_softcap=9.0, upstream=-1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dtypes(loss, dtype):
+    name, options = LOSSES[loss]
+    check(name, compiled(name), make_batch((4, 3, 5, 2), dtype=dtype), options, upstream=65536.0 / 2048)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_frozen_inputs(loss):
+    name, options = LOSSES[loss]
+    batch = make_batch((4, 3, 5, 2), has_bias=True)
+    for wanted in [("hidden",), ("weight", "bias"), ()]:
+        check(name, compiled(name), batch, options, wanted=wanted)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_grad(loss):
+    name, options = LOSSES[loss]
+    leaves = make_batch((4, 3, 5, 2)).leaves()
+    with torch.no_grad():
+        out = leaves.call(compiled(name), **options)
+        expected = leaves.call(getattr(sf, name), **options)
+    out, expected = (x.loss if isinstance(x, sf.SlimeOutput) else x for x in (out, expected))
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("workspace", ["1GiB", 3000, "3KB"])
+def test_workspaces(workspace):
+    check("slime_loss", compiled("slime_loss"), make_batch(), {}, workspace=workspace)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_dynamic_shapes(loss):
+    """One graph serves other numbers of tokens: a second compilation is an error."""
+    name, options = LOSSES[loss]
+    function = compiled(name, dynamic=True)
+    batches = [make_batch((4, 3, 5, 2)), make_batch((9, 3, 6, 8), prompt=4), make_batch((2, 5, 5, 11), padding=3)]
+    check(name, function, batches[0], options)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in batches[1:]:
+            check(name, function, batch, options)
+
+
+def test_inside_a_larger_graph():
+    """A model around the loss: hidden states are no leaves, and the head has a second use."""
+
+    def step(tokens: Tensor, table: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(table[tokens])
+        out = sf.slime_loss(hidden, table * 0.5, labels)
+        return out.loss + hidden.square().mean(), out.margins
+
+    batch = make_batch((4, 3, 5, 2))
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        table = batch.weight.clone().requires_grad_()
+        loss, margins = function(batch.labels.clamp(min=0), table, batch.labels)
+        loss.backward()
+        results.append((loss.detach(), margins, table.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+
+
+def test_autocast_in_a_graph():
+    batch = make_batch((4, 3, 5, 2), dtype=torch.float32)
+    results = []
+    for function in (sf.slime_loss, compiled("slime_loss")):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(function, batch))
+    for key, value in results[0].outputs.items():
+        assert torch.equal(results[1].outputs[key], value), key
+    for key, value in results[0].grads.items():
+        assert results[1].grads[key].dtype == torch.float32
+        torch.testing.assert_close(results[1].grads[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_errors_are_clear_in_a_graph():
+    batch = make_batch((4, 3, 5, 2))
+    wrong = Batch(batch.hidden, batch.weight.T, batch.labels)
+    with pytest.raises(Exception, match=r"weight: expected \(V, D\)"):
+        wrong.call(compiled("slime_loss"))
+    outside = Batch(batch.hidden, batch.weight, batch.labels.masked_fill(batch.labels == batch.labels[0, 2], 99))
+    with pytest.raises(ValueError, match=r"labels: .* got 99"):
+        outside.call(compiled("slime_loss"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["slime_loss", "sequence_logprobs"])
+def test_inductor(loss):
+    name, options = LOSSES[loss]
+    check(name, compiled(name, "inductor"), make_batch((4, 3, 5, 2), has_bias=True), options)
+
+
+# --- torch.library's own checks ---
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an operator."""
+
+    op: Any
+    args: tuple[Any, ...]
+
+
+def head_args(batch: Batch) -> tuple[Any, ...]:
+    return batch.hidden, batch.weight, batch.bias, batch.labels, batch.cu_seqlens
+
+
+def op_cases() -> dict[str, OpCase]:
+    cases = {}
+    numbers = [0.1, 0.1, 1.0, 1.25, 1.5, 1.0, 2.5, 2.5]
+    for label, wanted, dtype in (
+        ("all", ("hidden", "weight", "bias"), torch.float32),
+        ("head_frozen", ("hidden",), torch.float32),
+        ("nothing", (), torch.float32),
+        ("float16", ("hidden", "weight", "bias"), torch.float16),
+    ):
+        batch = make_batch((4, 3, 5, 2), dtype=dtype, has_bias=True)
+        batch = pack(batch) if label == "head_frozen" else batch
+        leaves = batch.leaves(wanted)
+        wants = Wants.of(leaves.hidden, leaves.weight, leaves.bias)
+        flat = library.flat_options(HeadOptions(False, IGNORE, 0.5, 9.0, "cpu", "auto"), wants)
+        head = head_args(leaves)
+        token_loss = (0.1, 0.01)
+        cases[f"slime_loss-{label}"] = OpCase(library.slime_loss_op, (*head, numbers, "sequence", *flat))
+        cases[f"cross_entropy-{label}"] = OpCase(library.cross_entropy_op, (*head, True, *token_loss, *flat))
+        cases[f"token_loss-{label}"] = OpCase(library.token_loss_op, (*head, *token_loss, *flat))
+        loss, *saved = (x.detach() for x in library.token_loss_op(*head, *token_loss, *flat))
+        args = (torch.ones_like(loss), *saved, *head_args(batch), *token_loss, *flat)
+        cases[f"token_loss_backward-{label}"] = OpCase(library.token_loss_backward_op, args)
+    bounds = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+    for mean in (False, True):
+        values = torch.randn(9, requires_grad=True)
+        cases[f"segment_sum-{mean}"] = OpCase(library.segment_sum_op, (values, bounds, mean, "cpu"))
+        cases[f"segment_sum_backward-{mean}"] = OpCase(
+            library.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
+        )
+    return cases
+
+
+OP_CASES = op_cases()
+
+
+def test_every_operator_is_checked():
+    kind = type(library.slime_loss_op)
+    ops = {value for value in vars(library).values() if isinstance(value, kind)}
+    assert {case.op for case in OP_CASES.values()} == ops
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_opcheck(case):
+    results = torch.library.opcheck(OP_CASES[case].op, OP_CASES[case].args)
+    assert len(results) == 4
+    assert set(results.values()) == {"SUCCESS"}
