@@ -17,15 +17,18 @@ def build_info() -> dict[str, Any]:
         native: dict[str, Any] | str = import_module("slime_fused._C").build_info()
     except ImportError as error:
         native = f"not built: {error}"
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "not installed"
     return {
-        "slime_fused": metadata.version("slime-fused"),
+        "slime_fused": _version("slime-fused"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _version("triton"),
         "native": native,
         "backends": {name: reason or "runs here" for name, reason in available_backends().items()},
     }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -51,7 +51,7 @@ def _labels_of_sequences(labels: Tensor, cu_seqlens: Tensor | None, ignore_index
     """(mask of labelled tokens, cu_seqlens (S + 1,) int32 of those tokens alone)."""
     mask = labels != ignore_index
     if cu_seqlens is None:
-        counts = mask.reshape(-1, mask.shape[-1]).sum(1)
+        counts = mask.sum(-1).reshape(-1)
     else:
         bounds = cu_seqlens.tolist()
         counts = torch.stack([mask[a:b].sum() for a, b in pairwise(bounds)])
@@ -167,7 +167,9 @@ def cross_entropy(
     return loss.sum() / (flat != ignore_index).sum() if reduction == "mean" else loss.sum()
 
 
-def slime_terms(logp: Tensor, cu_seqlens: Tensor, config: SlimeLossConfig | None = None) -> SlimeOutput:
+def slime_terms(
+    logp: Tensor, cu_seqlens: Tensor, config: SlimeLossConfig | None = None, **_ignored: Any
+) -> SlimeOutput:
     """See `slime_fused.slime_terms`; arXiv 2602.02383, eq. 5 to 10."""
     c = config or SlimeLossConfig()
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
