@@ -23,6 +23,8 @@ def check_linear(
     _require_tensor("labels", labels)
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: expected a floating dtype, got {hidden.dtype}")
+    if hidden.is_meta:
+        raise ValueError("hidden: expected a tensor that holds data, got one on the meta device")
     if hidden.dim() < 2:
         raise ValueError(f"hidden: expected (S, T, D) or (N, D), got shape {_shape(hidden)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

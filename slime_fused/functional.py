@@ -404,7 +404,7 @@ def _prepare(
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast, its dtype (float64 is left alone, as autocast does); the casts are differentiable."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 

@@ -85,6 +85,18 @@ def test_no_read_of_unwritten_memory_in_cross_entropy(backend):
     torch.testing.assert_close(grad, torch.autograd.grad(expected, [logits])[0])
 
 
+def test_inputs_stay_as_they_are(name, backend):
+    batch = make_batch(dtype=torch.float32, has_bias=True)
+    before = {key: x.clone() for key, x in batch.tensors().items()}
+    labels = batch.labels.clone()
+    for workspace in workspaces(batch, name):
+        shared = replace(batch, **{key: x.detach().requires_grad_() for key, x in batch.tensors().items()})
+        out = shared.call(getattr(sf, name), backend=backend, workspace=workspace, shift=True)
+        (out.loss if name == "slime_loss" else out.sum()).backward()
+    assert all(torch.equal(x, before[key]) for key, x in batch.tensors().items())
+    assert torch.equal(batch.labels, labels)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("packed", [False, True])
 def test_ignored_rows_may_hold_anything(packed, value, name, backend):

@@ -77,6 +77,7 @@ TENSORS = {
         "bfloat16.*autocast",
     ),
     "bias_has_another_dtype": (lambda b: {"bias": b.bias.double()}, ValueError, "bias", "float32", "float64"),
+    "hidden_holds_no_data": (lambda b: {"hidden": b.hidden.to("meta")}, ValueError, "hidden", "data", "meta"),
     "weight_is_elsewhere": (lambda b: {"weight": b.weight.to("meta")}, ValueError, "weight", "cpu", "meta"),
     "bias_is_elsewhere": (lambda b: {"bias": b.bias.to("meta")}, ValueError, "bias", "cpu", "meta"),
     "labels_are_elsewhere": (lambda b: {"labels": b.labels.to("meta")}, ValueError, "labels", "cpu", "meta"),
