@@ -59,17 +59,19 @@ def count_products(*, vocab_size: int, hidden_size: int) -> Iterator[Products]:
         yield counter.counted
 
 
-def peak_bytes(step: Callable[[], None]) -> int:
-    """Most bytes that ``step`` held at once beyond what was there before, by PyTorch's own CPU allocator.
+def memory_of(step: Callable[[], object]) -> tuple[int, int]:
+    """(most bytes that ``step`` held at once, bytes held while its result is alive), beyond what was there before.
 
-    Unlike the resident size this sees every allocation exactly, those inside operators too.
+    By PyTorch's own CPU allocator: unlike the resident size this sees every allocation exactly, those inside
+    operators too.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step()
+        result = step()
     held = peak = 0
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
     assert events, "the profiler recorded no allocation"
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    del result
+    return peak, held

@@ -45,12 +45,15 @@ def test_as_the_reference_under_autocast(rows, dtype, name, backend):
         assert_close(f"d_{key}", grad, plain.grads[key], truth.grads[key], eps)
 
 
-def test_autocast_is_the_cast_and_nothing_more(name, backend):
-    """The same bits as with tensors cast by hand: no product or statistic inside sees autocast."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("rows", [1000, 9, 1])
+def test_autocast_is_the_cast_and_nothing_more(rows, dtype, name, backend):
+    """The same bits as with tensors cast by hand: no product inside sees autocast (float16's are float32 ones)."""
     batch = make_batch(dtype=torch.float32, has_bias=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        under = run(getattr(sf, name), batch, backend=backend)
-    by_hand = run(getattr(sf, name), batch.to(torch.bfloat16), backend=backend)
+    workspace = rows * batch.to(dtype).call(sf.explain_plan, loss="token").problem.row_bytes
+    with torch.autocast("cpu", dtype):
+        under = run(getattr(sf, name), batch, backend=backend, workspace=workspace)
+    by_hand = run(getattr(sf, name), batch.to(dtype), backend=backend, workspace=workspace)
     for key, value in by_hand.outputs.items():
         assert torch.equal(under.outputs[key], value), key
     for key, grad in by_hand.grads.items():
@@ -80,10 +83,11 @@ def test_float64_is_left_alone(rows, name, backend):
         assert torch.equal({**got.outputs, **got.grads}[key], value), key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("rows", [1000, 9, 1])
-def test_backward_may_run_under_autocast_too(rows, name, backend):
-    """A forward pass in float32, whose backward runs under autocast: still float32 inside."""
-    batch = make_batch(dtype=torch.float32, has_bias=True)
+def test_backward_may_run_under_autocast_too(rows, dtype, name, backend):
+    """A forward pass without autocast, whose backward runs under it: float32 products stay so (float16's too)."""
+    batch = make_batch(dtype=dtype, has_bias=True)
     workspace = rows * batch.call(sf.explain_plan, loss="token").problem.row_bytes
     leaves = [batch.leaves(), batch.leaves()]
     losses = []

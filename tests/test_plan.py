@@ -21,7 +21,7 @@ from slime_fused.plan import (
     parse_bytes,
     resolve_workspace,
 )
-from tests.measure import count_products, peak_bytes
+from tests.measure import count_products, memory_of
 from tests.support import BACKENDS, Batch, make_batch, pack, require_backend
 
 OPERATIONS = {"slime": "slime_loss", "cross_entropy": "linear_cross_entropy", "token": "linear_logprobs"}
@@ -135,9 +135,26 @@ def test_peak_memory(case, operation):
     budget = parse_bytes(workspace)
     assert plan.workspace_bytes <= budget
     allowed = gradients + 1.05 * budget + plan.scratch_bytes + plan.accumulator_bytes + per_row + own
-    peak = peak_bytes(step)
+    peak, _ = memory_of(step)
     assert peak <= allowed, f"{peak / 2**20:.1f} MiB, allowed {allowed / 2**20:.1f} MiB\n{plan}"
     assert peak >= plan.workspace_bytes + gradients, "the measurement sees less than must be there"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_after_backward_the_gradients_alone_are_held(operation):
+    """The loss may stay alive for logging: the residual that was kept for backward must not."""
+    leaves = make_batch((64, 64), prompt=0, padding=0, vocab_size=5003, dtype=torch.float32).leaves()
+    plan = leaves.call(sf.explain_plan, loss=operation)
+    assert len(plan.chunks) == 1
+
+    def step() -> object:
+        out = leaves.call(getattr(sf, OPERATIONS[operation]), backend="cpu")
+        loss_of(out).backward()
+        return out
+
+    gradients = sum(x.numel() * x.element_size() for x in leaves.tensors().values())
+    _, held = memory_of(step)
+    assert gradients <= held <= gradients + 32 * 8 * plan.problem.rows
 
 
 # --- what it chooses ---

@@ -29,6 +29,7 @@ FEATURES = {
     "scale": ({}, {"logit_scale": 0.25}),
     "softcap": ({"spread": 6.0}, {"logit_softcap": 5.0}),
     "shift": ({}, {"shift": True}),
+    "every_row_labelled": ({"lengths": (5,) * 6, "prompt": 0, "padding": 0}, {}),
     "pad_token_is_ignored": ({"ignore_index": 5}, {}),
     "token_mean": ({}, {"config": sf.SlimeLossConfig.authors_code(triple=True)}),
     "all": (

@@ -22,6 +22,7 @@ from tests.support import (
 
 HEADS = {
     "plain": ({}, {}),
+    "every_row_labelled": ({"lengths": (5, 5, 5), "prompt": 0, "padding": 0, "has_bias": True}, {}),
     "all": (
         {"has_bias": True, "ignore_index": 3},
         {"logit_scale": 1.5, "logit_softcap": 8.0, "shift": True},
@@ -74,7 +75,7 @@ def output_shape(name: str, options: dict, batch: Batch) -> torch.Size:
 def test_values_and_gradients(loss, head, rows, layout, dtype, backend):
     name, loss_options = LOSSES[loss]
     batch_options, head_options = HEADS[head]
-    batch = make_batch((4, 3, 5), dtype=dtype, **batch_options)
+    batch = make_batch(**{"lengths": (4, 3, 5), "dtype": dtype, **batch_options})
     if layout == "packed":
         batch = pack(batch)
     assert_as_exact_as_plain(
