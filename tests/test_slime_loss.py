@@ -28,12 +28,12 @@ FEATURES = {
     "bias": ({"has_bias": True}, {}),
     "scale": ({}, {"logit_scale": 0.25}),
     "softcap": ({"spread": 6.0}, {"logit_softcap": 5.0}),
-    "shift": ({}, {"shift": True}),
+    "shift": ({"prompt": 0}, {"shift": True}),
     "every_row_labelled": ({"lengths": (5,) * 6, "prompt": 0, "padding": 0}, {}),
     "pad_token_is_ignored": ({"ignore_index": 5}, {}),
     "token_mean": ({}, {"config": sf.SlimeLossConfig.authors_code(triple=True)}),
     "all": (
-        {"has_bias": True, "ignore_index": 0},
+        {"has_bias": True, "ignore_index": -1},
         {
             "logit_scale": 1.5,
             "logit_softcap": 8.0,
