@@ -162,11 +162,10 @@ def _token_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _token_pass(hidden, weight, bias, labels, rest)
         loss = run.forward()
-        # Where every row has a label these are views of one buffer, and an operator's outputs may not share memory.
-        vectors = [x.clone() for x in (loss, run.spread(run.stats.lse), run.spread(run.stats.logp))]
+        lse, logp = run.spread(run.stats.lse), run.spread(run.stats.logp)
         unscaled = run.unscaled_hidden_grad
     d_hidden = hidden.new_empty(0) if unscaled is None else unscaled.view(hidden.shape)
-    return vectors[0].view(labels.shape), vectors[1], vectors[2], d_hidden
+    return loss.view(labels.shape), lse, logp, d_hidden
 
 
 def _token_loss_fake(

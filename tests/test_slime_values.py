@@ -118,6 +118,13 @@ def test_output_fields(backend):
     assert out.accuracy.item() == pytest.approx(expected)
 
 
+def test_accuracy_counts_margins_above_zero(backend):
+    logp = torch.tensor([-1.0, -1.0, -1.0, -1.1, -1.0, -0.9])
+    out = sf.slime_terms(logp, torch.arange(7, dtype=torch.int32), backend=backend)
+    torch.testing.assert_close(out.margins, torch.tensor([0.1, 0.0, -0.1]))
+    assert out.accuracy.item() == pytest.approx(1 / 3)
+
+
 def test_swapped_pairs_negate_margins_and_mirror_accuracy(backend):
     batch = make_batch()
     swapped = dataclasses.replace(batch, hidden=batch.hidden.roll(3, 0), labels=batch.labels.roll(3, 0))
