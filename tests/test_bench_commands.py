@@ -96,9 +96,13 @@ def test_a_worker_past_its_deadline_begins_nothing():
     assert [(row.status, row.reason) for row in rows] == [(FAILED, OUT_OF_TIME)]
 
 
-@pytest.mark.slow
-def test_a_worker_that_hangs_is_stopped():
+def test_a_worker_that_hangs_is_stopped(monkeypatch, tmp_path):
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/sh\nexec sleep 60\n")
+    hanging.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(hanging))
     rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() + 60), timeout=1.0)
+    assert rows[0].status == FAILED
     assert rows[0].reason == "not finished within 1 s"
 
 
