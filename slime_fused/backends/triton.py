@@ -244,7 +244,7 @@ class TritonBackend:
         """`logits_stats` of ``hidden @ weight.T`` without storing the logits (an extension of the contract).
 
         ``hidden`` and ``weight`` share a dtype; columns are contiguous. Statistics are float32, from products that
-        were never rounded. Takes 8 bytes of scratch per row and tile of 128 or 256 columns from PyTorch's allocator.
+        were never rounded. Takes 8 bytes of scratch per row and tile of 64 to 256 columns.
         """
         if hidden.shape[0] == 0:
             return
