@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -96,12 +96,6 @@ def with_memory(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     return list(table.values())
 
 
-def run_batches(batches: Sequence[Batch], *, in_process: bool) -> Iterator[tuple[Batch, list[Row]]]:
-    """Run batches one after another."""
-    for batch in batches:
-        yield batch, run_batch(batch, in_process=in_process)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code says whether any row of this package failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
@@ -114,11 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = tuple(batch for batch in batches if not args.cases or batch.case.name in args.cases)
     machine = describe_machine(torch.device("cpu"))
     path = (args.out or RESULTS / machine_slug(machine)) / "cpu.json"
+    settings = {
+        f"{batch.case.name}: {'time' if batch.protocol.time else 'memory'}": asdict(batch.protocol)
+        for batch in batches
+    }
     rows: list[Row] = []
-    for batch, new in run_batches(batches, in_process=args.quick):
+    for batch in batches:
+        new = run_batch(batch, in_process=args.quick)
         rows = with_memory(rows, new)
         named = {row.case for row in rows}
-        write_run(path, machine, asdict(batch.protocol), [c for c in ALL_CASES.values() if c.name in named], rows)
+        write_run(path, machine, settings, [c for c in ALL_CASES.values() if c.name in named], rows)
         print(format_rows(new, ALL_CASES), flush=True)
     print(f"wrote {path}")
     return int(any(row.status == FAILED and "slime_fused" in row.contestant for row in rows))

@@ -35,9 +35,9 @@ def _peak_mib(row: Row) -> float | None:
 
 
 def _bars(run: Run, case: str, value: Callable[[Row], float | None]) -> list[tuple[str, float]]:
-    """(contestant, value) of the rows that have a value, smallest first."""
-    found = [(row.contestant, value(row)) for row in run.rows if row.case == case]
-    return sorted(((name, v) for name, v in found if v is not None and name != "products"), key=lambda bar: bar[1])
+    """(contestant, value) of the SLIME rows that have a value, smallest first; other losses are other work."""
+    found = [(row.contestant, value(row)) for row in run.rows if row.case == case and row.objective == "slime"]
+    return sorted(((name, v) for name, v in found if v is not None), key=lambda bar: bar[1])
 
 
 def _colour(name: str) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import report
+from bench import plots, report
 from bench.cases import ALL_CASES, IGNORE_INDEX, LOGIT_STD, MIB, QUICK_CASES, Case, make_data
 from bench.contestants import Contestant, Gradients, differentiate
 from bench.measure import CpuClock, Timing, interleave, peak_memory
 from bench.oracle import OBJECTIVES, errors, float64_gradients, relative_error, simpo
 from bench.registry import CONTESTANTS, families
-from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run, slug, write_run
+from bench.results import FAILED, OK, UNSUPPORTED, Row, Run, read_run, slug, write_run
 from bench.runner import Protocol, run_case
 from slime_fused import reference
 
@@ -282,6 +282,15 @@ def test_report_command_rewrites_the_readme_and_draws_plots(tmp_path):
     before = readme.read_text()
     assert report.main(arguments) == 0
     assert readme.read_text() == before
+
+
+def test_plots_are_drawn_for_cases_with_something_to_compare(tmp_path):
+    one, two = ROWS[1], replace(ROWS[1], contestant="naive", peak_bytes=None)
+    run = Run({}, {}, {"case": asdict(CASE)}, (one, two))
+    # Two times to compare, but only one peak: no memory plot.
+    written = plots.draw(run, "cpu", tmp_path)
+    assert [path.name for path in written] == ["cpu_time.png"]
+    assert written[0].read_bytes().startswith(b"\x89PNG")
 
 
 def test_slug_is_a_folder_name():
