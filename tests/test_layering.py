@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.op",),
     ("slime_fused.calls", "slime_fused.execute"),
     ("slime_fused.engine",),
+    ("slime_fused.vocab_sweep",),
     ("slime_fused.products",),
     ("slime_fused.plan", "slime_fused.layout", "slime_fused.output", "slime_fused.checks"),
     ("slime_fused.config",),

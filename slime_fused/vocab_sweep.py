@@ -1,0 +1,118 @@
+"""The backward pass by blocks of the vocabulary: logits are recomputed, never held beyond (rows x block_cols).
+
+With the log-sum-exp of every row known, a block of columns needs nothing from the others. For the rows of W in
+block b, with R the residual d(token loss)/d(logits) and c the coefficients dL/d(token loss) of the rows::
+
+    Z_b = X W_b^T       R_b = residual(Z_b)       dX += R_b W_b       dW_b = R_b^T (c * X)       db_b = R_b^T c
+
+and dX is multiplied by c once, at the end. Each row of dW is written exactly once, in its own dtype: no float32
+copy of dW exists, whatever the number of rows. Costs one more product (4 N V D multiply-adds in all, with the
+statistics) than keeping the logits. c is kept out of R_b, as small coefficients would underflow in float16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slime_fused import products
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.plan import ROW_ALIGNMENT
+
+
+def vocab_sweep_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    head: HeadTransform,
+    token_loss: TokenLoss,
+    lse: Tensor,
+    logp: Tensor,
+    row_scale: Tensor,
+    backend: Backend,
+    *,
+    block_cols: int,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of sum_n row_scale_n * (token loss)_n; each is None where not wanted.
+
+    Args:
+        hidden: (N, D), any dtype that ``backend`` supports.
+        weight: (V, D), same dtype.
+        labels: (N,) int64; negative labels mark rows without a gradient.
+        bias: (V,) in the same dtype, or None.
+        head: the transform from products to logits.
+        token_loss: the loss of one token.
+        lse: (N,) acc dtype, log-sum-exp of each row over the whole vocabulary.
+        logp: (N,) acc dtype, log-probability of each label.
+        row_scale: (N,) acc dtype, dL/d(token loss) of each row.
+        backend: whose ``residual_from_stats`` turns logits into residuals.
+        block_cols: columns of the vocabulary per step; the logits buffer is (N, block_cols).
+        want_hidden: whether d_hidden is formed.
+        want_weight: whether d_weight is formed.
+        want_bias: whether d_bias is formed.
+
+    Returns:
+        d_hidden (N, D) and d_weight (V, D) in the dtype of the operands, d_bias (V,) in acc dtype. d_hidden is
+        summed over blocks in acc dtype, and rounded once.
+
+    Raises:
+        ValueError: ``block_cols`` is not positive, or a label is not below V (CPU).
+    """
+    if block_cols < 1:
+        raise ValueError(f"block_cols: expected at least 1, got {block_cols}")
+    (rows, depth), vocab = hidden.shape, weight.shape[0]
+    acc = acc_dtype(hidden.dtype)
+    sum_hidden = hidden.new_zeros(rows, depth, dtype=acc) if want_hidden else None
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_bias = hidden.new_zeros(vocab, dtype=acc) if want_bias else None
+    scaled_hidden = hidden.clone() if want_weight else hidden
+    if want_weight:
+        products.scale_rows_(scaled_hidden, row_scale)
+
+    per_line = ROW_ALIGNMENT // hidden.element_size()
+    width = min(block_cols, vocab)
+    buffer = hidden.new_empty(rows, -(-width // per_line) * per_line)
+    for begin in range(0, vocab, width):
+        cols = slice(begin, min(begin + width, vocab))
+        residual = buffer[:, : cols.stop - begin]
+        products.write_logits(hidden, weight[cols], residual)
+        backend.residual_from_stats(
+            residual,
+            residual,
+            labels,
+            None if bias is None else bias[cols],
+            head,
+            token_loss,
+            col_offset=begin,
+            vocab_size=vocab,
+            lse=lse,
+            logp=logp,
+            row_scale=None,
+        )
+        if sum_hidden is not None:
+            _add_product(sum_hidden, residual, weight[cols])
+        if d_weight is not None:
+            products.add_weight_grad(d_weight[cols], residual, scaled_hidden, is_first=True)
+        if d_bias is not None:
+            products.add_bias_grad(d_bias[cols], residual, row_scale)
+
+    d_hidden = None
+    if sum_hidden is not None:
+        products.scale_rows_(sum_hidden, row_scale)
+        d_hidden = sum_hidden.to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+def _add_product(total: Tensor, residual: Tensor, weight: Tensor) -> None:
+    """``total`` (N, D) acc += ``residual`` (N, B) @ ``weight`` (B, D)."""
+    if total.dtype == residual.dtype:
+        total.addmm_(residual, weight)
+    elif total.is_cuda:
+        torch.addmm(total, residual, weight, out_dtype=total.dtype, out=total)
+    else:
+        # bfloat16 on the CPU rounds each block's product before it is added: no mixed product exists there.
+        total.add_(products.residual_times_weight(residual, weight))
