@@ -43,11 +43,18 @@ struct ResidualArgs {
   float label_smoothing, z_loss;
 };
 
-// Registers allow 1536 threads per multiprocessor for the plain head staged in shared memory, 1024 otherwise.
-template <HeadMode kHead, bool kRegisters>
+// Three blocks of 512 threads per multiprocessor leave 40 registers a thread, enough for the plain head on
+// Hopper; other compilations would spill, and take two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kPlainBlocks = 3;
+#else
+constexpr int kPlainBlocks = 2;
+#endif
+
+template <bool kRegisters>
 inline constexpr int kMaxThreads = kRegisters ? kMaxRegisterThreads : kMaxSharedThreads;
 template <HeadMode kHead, bool kRegisters>
-inline constexpr int kMinBlocks = kRegisters ? 1 : (kHead == HeadMode::identity ? 3 : 2);
+inline constexpr int kMinBlocks = kRegisters ? 1 : (kHead == HeadMode::identity ? kPlainBlocks : 2);
 
 // Loads beyond the staged part go out in groups of this many, to keep several in flight per thread.
 constexpr int kLoadGroup = 2;
@@ -62,7 +69,7 @@ __device__ uint4 minus_infinity_vector() {
 }
 
 template <class T, HeadMode kHead, bool kRegisters>
-__global__ void __launch_bounds__((kMaxThreads<kHead, kRegisters>), (kMinBlocks<kHead, kRegisters>))
+__global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, kRegisters>))
     softmax_residual_kernel(const ResidualArgs<T> a) {
   constexpr int E = kVecElems<T>;
   constexpr bool kLogitSum = kHead != HeadMode::identity;
@@ -162,7 +169,10 @@ __global__ void __launch_bounds__((kMaxThreads<kHead, kRegisters>), (kMinBlocks<
   }
   if (edge >= 0) accumulate_one<kLogitSum>(stats, edge_logit);
 
-  if (cluster > 1) cluster_wait();
+  if (cluster > 1) {
+    __syncwarp();  // the barrier takes whole warps
+    cluster_wait();
+  }
   const RowStats all = merge_row<kLogitSum>(stats, exchange, rank, cluster);
 
   // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
