@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tests.cuda_emulator.build import REPORT_STATUS, EmulatorUnavailable, Mode, build, sanitizer_environment
 
 pytestmark = pytest.mark.slow  # the first run compiles three programs, about 7 s each

@@ -23,7 +23,7 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def emulated_backend(native: ModuleType, capability: int = 80) -> Backend:
+def emulated_backend(native: ModuleType, capability: int = 80, plan: Any = None) -> Backend:
     """``CudaBackend`` as the package ships it, over ``native``.
 
     It lives in a second copy of its module, so that the four functions that ask a GPU can be replaced without a
@@ -32,6 +32,7 @@ def emulated_backend(native: ModuleType, capability: int = 80) -> Backend:
     Args:
         native: the module ``_C_emulated``.
         capability: 10 * major + minor of the device for which launch plans are chosen.
+        plan: a ``RowPlan`` for every row, instead of the chosen one.
     """
     spec = importlib.util.spec_from_file_location("slime_fused.backends._emulated_cuda", cuda_backend.__file__)
     assert spec is not None
@@ -42,7 +43,7 @@ def emulated_backend(native: ModuleType, capability: int = 80) -> Backend:
     module._placed = lambda *_tensors: (0, 0)
     module._on = lambda _device: nullcontext()
     module._row_plan = cache(
-        lambda cols, elem_bytes, _device: native.cuda.choose_row_plan(cols, elem_bytes, capability)
+        lambda cols, elem_bytes, _device: plan or native.cuda.choose_row_plan(cols, elem_bytes, capability)
     )
     backend: Backend = module.CudaBackend()
     return backend

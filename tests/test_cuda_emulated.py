@@ -1,0 +1,227 @@
+"""The CUDA kernels against the shared grid, on the CPU.
+
+The sources of ``csrc/cuda`` are compiled by the host's compiler and run by the emulator (tests/cuda_emulator),
+behind the package's own ``CudaBackend``. Numbers are checked here; the last tests run this file again with the
+kernels instrumented, where a read out of bounds, a misaligned vector or a race ends the run. What a GPU alone can
+tell: clusters of more than one block, approximate instructions, inline PTX.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import backend_grid as grid
+from tests.cuda_emulator.backend import emulated_backend, load_module
+from tests.cuda_emulator.build import EmulatorUnavailable, Mode, build, sanitizer_environment
+
+pytestmark = pytest.mark.slow  # the first run compiles the kernels, about a minute for each of three builds
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODULE_VARIABLE = "CUDA_EMULATED_MODULE"
+"""Names a built module to use instead of the plain one: how the sanitized runs call this file."""
+
+WIDE = tuple(
+    # Several blocks per row of residual_from_stats, a remainder in every loop, rows at four alignments.
+    grid.RowCase(f"wide-{str(dtype)[6:]}", rows=4, vocab=20_003, pitch=20_005, dtype=dtype, has_bias=True)
+    for dtype in DTYPES
+)
+ROW_CASES = [*grid.row_cases(DTYPES), *WIDE]
+
+
+@pytest.fixture(scope="session")
+def native() -> Any:
+    """The module ``_C_emulated``."""
+    if path := os.environ.get(MODULE_VARIABLE):
+        return load_module(Path(path))
+    try:
+        return load_module(build("_C_emulated"))
+    except EmulatorUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def backend(native):
+    native.set_schedule("fixed")
+    return emulated_backend(native)
+
+
+@pytest.mark.parametrize("case", ROW_CASES, ids=lambda c: c.name)
+def test_softmax_residual(backend, case):
+    grid.check_softmax_residual(backend, case, CPU)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", ROW_CASES, ids=lambda c: c.name)
+def test_stats_then_residual(backend, case, shards):
+    grid.check_stats_then_residual(backend, case, CPU, shards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_logits(backend, dtype):
+    grid.check_extreme_logits(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_target_does_not_cancel(backend, dtype):
+    grid.check_target_does_not_cancel(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+def test_segment_sum(backend, lengths):
+    grid.check_segment_sum(backend, lengths, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_slime_terms(backend, reduction):
+    grid.check_slime_terms(backend, grid.WEIGHTS[reduction], torch.float32, CPU)
+
+
+def test_margin_at_the_hinge(backend):
+    grid.check_margin_at_the_hinge(backend, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(backend, dtype):
+    grid.check_scale(backend, dtype, CPU)
+
+
+# Each way a row can wait between its two visits, with rows that fill it, overflow it and leave most of it empty.
+PLANS = {
+    "one_warp_reads_all_again": {"threads": 32, "shared_vectors": 0},
+    "some_held_some_read_again": {"threads": 64, "shared_vectors": 3},
+    "more_room_than_row": {"threads": 512, "shared_vectors": 27},
+    "registers": {"stage": "registers", "threads": 1024},
+    "several_launches": {"threads": 64, "shared_vectors": 4, "max_blocks": 2, "streaming": True, "pad_bytes": 4096},
+}
+PLAN_CASES = [
+    replace(case, dtype=dtype, name=f"{case.name}-{str(dtype)[6:]}")
+    for case in (
+        grid.RowCase("unaligned", rows=5, vocab=3001, pitch=3003),
+        grid.RowCase("short", rows=5, vocab=5),
+        grid.RowCase("ignored", rows=5, vocab=512, ignored=(0, 4), has_bias=True),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("case", PLAN_CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_of_the_row_kernel(native, plan, case):
+    fields = dict(PLANS[plan])
+    stage = native.cuda.RowStage.__members__[fields.pop("stage", "shared")]
+    native.set_schedule("fixed")
+    backend = emulated_backend(native, plan=native.cuda.RowPlan(stage=stage, **fields))
+    grid.check_softmax_residual(backend, case, CPU)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chosen_plans_fit_each_device(native, dtype, capability):
+    """The emulator refuses a block beyond 227 KB; smaller devices differ in how much of a long row they hold."""
+    native.set_schedule("fixed")
+    case = grid.RowCase("long", rows=2, vocab=65_003, dtype=dtype)
+    grid.check_softmax_residual(emulated_backend(native, capability), case, CPU)
+
+
+def row_results(backend: Any, case: grid.RowCase) -> list[torch.Tensor]:
+    """Everything the three row kernels and the token kernels write for one problem."""
+    data = grid.RowData(case, CPU)
+    rows = data.empty_rows(8)
+    out, out_from_stats = torch.full_like(data.raw, torch.nan), torch.full_like(data.raw, torch.nan)
+    common = (data.labels, data.bias, case.head)
+    backend.softmax_residual(data.raw, out, *common, case.token_loss, lse=rows[0], logp=rows[1], loss=rows[2])
+    backend.logits_stats(
+        data.raw,
+        *common,
+        col_offset=0,
+        row_max=rows[3],
+        row_sum=rows[4],
+        label_logit=rows[5],
+        logit_sum=rows[6],
+        merge=False,
+    )
+    backend.residual_from_stats(
+        data.raw,
+        out_from_stats,
+        *common,
+        case.token_loss,
+        col_offset=0,
+        vocab_size=case.vocab,
+        lse=rows[0],
+        logp=rows[1],
+        row_scale=None,
+    )
+    cu_seqlens = torch.tensor([0, 1, 3, 3, case.rows], dtype=torch.int32)
+    sums = torch.full((4,), torch.nan)
+    backend.segment_sum(rows[1], cu_seqlens, sums, mean=True)
+    terms = torch.full((5, 2), torch.nan)
+    names = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
+    outputs = dict(zip(names, terms.unbind(), strict=True))
+    backend.slime_terms(rows[1], cu_seqlens, grid.WEIGHTS["sequence"], d_logp=rows[7], **outputs)
+    return [out, out_from_stats, torch.stack(rows), sums, terms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_schedule_changes_a_bit(native, backend, dtype):
+    case = grid.RowCase("schedules", rows=9, vocab=5003, dtype=dtype, token_loss=grid.TokenLoss(0.1, 0.01))
+    expected = row_results(backend, case)
+    schedules = [("reversed", 0), *(("random", seed) for seed in range(8))]
+    for order, seed in schedules:
+        native.set_schedule(order, seed)
+        for got, want in zip(row_results(backend, case), expected, strict=True):
+            assert torch.equal(got, want), f"{order} {seed}"
+
+
+@pytest.mark.parametrize("kernel", ["softmax_residual", "residual_from_stats"])
+def test_label_beyond_the_vocabulary_traps_and_is_named(backend, kernel, capfd):
+    logits = torch.zeros(3, 8)
+    labels = torch.tensor([1, 8, 2])
+    lse, logp = torch.zeros(2, 3).unbind()
+    arguments = (logits, torch.empty_like(logits), labels, None, grid.PLAIN_HEAD, grid.NLL)
+    if kernel == "softmax_residual":
+        call = lambda: backend.softmax_residual(*arguments, lse=lse, logp=logp, loss=None)  # noqa: E731
+    else:
+        call = lambda: backend.residual_from_stats(  # noqa: E731
+            *arguments, col_offset=0, vocab_size=8, lse=lse, logp=logp, row_scale=None
+        )
+    with pytest.raises(RuntimeError, match=r"__trap\(\)"):
+        call()
+    assert "labels[1] = 8 is not in [0, 8)" in capfd.readouterr().out
+
+
+def run_this_file(mode: Mode) -> subprocess.CompletedProcess[str]:
+    """Run every other test of this file in a process of its own, on instrumented kernels."""
+    try:
+        module = build("_C_emulated", mode)
+    except EmulatorUnavailable as error:
+        pytest.skip(str(error))
+    environment = {
+        **os.environ,
+        **sanitizer_environment(mode),
+        MODULE_VARIABLE: str(module),
+        "OMP_NUM_THREADS": "1",  # PyTorch's own threads are not instrumented: one makes for no false report
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__]
+    return subprocess.run(
+        [*command, "-k", "not sanitizer"], capture_output=True, text=True, env=environment, timeout=500
+    )
+
+
+@pytest.mark.parametrize("mode", ["asan", "tsan"])
+def test_no_sanitizer_finds_anything(mode):
+    """AddressSanitizer and UBSan, then ThreadSanitizer with one fiber per CUDA thread."""
+    done = run_this_file(mode)
+    assert done.returncode == 0, (
+        f"{mode}: exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    )
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
