@@ -130,7 +130,7 @@ __device__ bool owns_element(const RowSpan& span, int v, int t) {
 // Block (x, y): columns [x * C, (x + 1) * C) with C = kResidualThreads * kResidualVectors * E, rows y, y + Y,
 // ...
 template <class T, HeadMode kHead>
-__global__ void __launch_bounds__(kResidualThreads) residual_from_stats_kernel(const FromStatsArgs<T> a) {
+__global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kernel(const FromStatsArgs<T> a) {
   constexpr int E = kVecElems<T>;
   const int t = static_cast<int>(blockIdx.x * kResidualThreads * kResidualVectors + threadIdx.x);
 
