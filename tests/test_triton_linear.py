@@ -97,11 +97,14 @@ def test_statistics_of_a_product(dtype, uses_descriptors, rows, cols, depth, hea
     assert_stats_match(actual, exact_stats(hidden, weight, labels, bias, head), depth)
 
 
-def test_rows_that_descriptors_cannot_address_take_the_other_path():
-    hidden, weight, labels, _ = make_problem(20, 50, 21, torch.bfloat16, has_bias=False)
-    assert not kernels.can_use_descriptors(hidden)
-    actual = run_tile(hidden, weight, labels, None, HeadTransform(), replace(TILE, uses_descriptors=True))
-    assert_stats_match(actual, exact_stats(hidden, weight, labels, None, HeadTransform()), 21)
+@pytest.mark.parametrize(("depth", "uses_descriptors"), [(24, True), (21, False)])
+def test_rows_that_descriptors_cannot_address_take_the_other_path(depth, uses_descriptors):
+    """Rows of 48 and of 42 bytes, with what ships for an H100."""
+    hidden, weight, labels, _ = make_problem(20, 50, depth, torch.bfloat16, has_bias=False)
+    config = kernels.choose_config("sm90", hidden, weight)
+    assert config.uses_descriptors == uses_descriptors
+    actual = run_tile(hidden, weight, labels, None, HeadTransform(), config)
+    assert_stats_match(actual, exact_stats(hidden, weight, labels, None, HeadTransform()), depth)
 
 
 def test_shards_of_the_vocabulary():

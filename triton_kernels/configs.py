@@ -86,9 +86,16 @@ def target_family(backend: str, capability: int) -> str:
     return "sm100" if capability // 10 == 10 else "small"
 
 
-def linear_config(family: str, itemsize: int) -> LinearConfig:
-    """The configuration of the fused head product for a target family and an element size (2 or 4 bytes)."""
-    return LINEAR_CONFIGS.get((family, itemsize)) or LINEAR_CONFIGS["small", itemsize]
+def linear_config(family: str, itemsize: int, *, can_use_descriptors: bool) -> LinearConfig:
+    """The configuration of the fused head product for a target family and an element size (2 or 4 bytes).
+
+    Operands that descriptors cannot address take a smaller tile: pointers to unaligned rows need registers that the
+    accumulators of a 128 x 256 tile leave none of (400 bytes of spills per thread on sm_90).
+    """
+    config = LINEAR_CONFIGS.get((family, itemsize), LINEAR_CONFIGS["small", itemsize])
+    if config.uses_descriptors and not can_use_descriptors:
+        return LINEAR_CONFIGS["small", itemsize]
+    return config
 
 
 # The merge reads two floats per row and vocabulary tile: a row of the partials per step is enough.

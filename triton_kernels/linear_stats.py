@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import MERGE_ROWS, MERGE_TILES, LinearConfig
+from .configs import MERGE_ROWS, MERGE_TILES, LinearConfig, linear_config
 from .numerics import NEG_INF, exp, finite_shift, head_logit
 
 
@@ -192,6 +192,12 @@ def can_use_descriptors(tensor: Any) -> bool:
     return tensor.stride(1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
+def choose_config(family: str, hidden: Any, weight: Any) -> LinearConfig:
+    """The shipped configuration for these operands on this family of targets (`configs.target_family`)."""
+    can_use = can_use_descriptors(hidden) and can_use_descriptors(weight)
+    return linear_config(family, hidden.element_size(), can_use_descriptors=can_use)
+
+
 def linear_stats(
     hidden: Any,  # [M, D]
     weight: Any,  # [V, D]
@@ -208,11 +214,10 @@ def linear_stats(
     col_offset: int,
     config: LinearConfig,
 ) -> None:
-    """Launch both kernels; M > 0 and V > 0."""
+    """Launch both kernels; M > 0 and V > 0. Columns of `hidden` and `weight` are contiguous."""
     (rows, depth), cols = hidden.shape, weight.shape[0]
-    uses_descriptors = config.uses_descriptors and can_use_descriptors(hidden) and can_use_descriptors(weight)
     operands = (hidden, weight)
-    if uses_descriptors:
+    if config.uses_descriptors:
         operands = (
             TensorDescriptor(hidden, [rows, depth], [hidden.stride(0), 1], [config.block_m, config.block_k]),
             TensorDescriptor(weight, [cols, depth], [weight.stride(0), 1], [config.block_n, config.block_k]),
@@ -236,7 +241,7 @@ def linear_stats(
         softcap or 0.0,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
-        DESCRIPTORS=uses_descriptors,
+        DESCRIPTORS=config.uses_descriptors,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

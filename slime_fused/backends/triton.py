@@ -249,7 +249,7 @@ class TritonBackend:
         if hidden.shape[0] == 0:
             return
         kernels = _kernels("linear_stats")
-        config = _kernels("configs").linear_config(_target_family(hidden.device), hidden.element_size())
+        config = kernels.choose_config(_target_family(hidden.device), hidden, weight)
         shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
         partials = torch.empty((2, *shape), dtype=torch.float32, device=hidden.device)
         with _on_device_of(hidden):

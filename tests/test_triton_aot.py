@@ -1,0 +1,236 @@
+"""Every kernel with every shipped configuration, compiled for every target without a GPU.
+
+A configuration that needs more shared memory or registers than a target has fails at its first launch, and one that
+spills is slow without saying so: both show in the compiled binary. Read from it: registers and stack per thread
+(`cuobjdump`, bundled with Triton), shared memory (Triton's metadata), and the tensor-core instructions by name.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.triton_support import INTERPRETING, import_kernels
+
+pytest.importorskip("triton")
+if INTERPRETING:
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+import_kernels()
+
+import triton  # noqa: E402
+from slime_fused.triton_kernels import configs, linear_stats, rows, segments  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+KIB = 1024
+SHARED_MEMORY = {
+    # The most that one program may take (CUDA programming guide, compute capabilities; CDNA ISA guides).
+    80: 163 * KIB,
+    86: 99 * KIB,
+    89: 99 * KIB,
+    90: 227 * KIB,
+    100: 227 * KIB,
+    120: 99 * KIB,
+    "gfx942": 64 * KIB,
+    "gfx90a": 64 * KIB,
+}
+TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma", "gfx90a": "v_mfma"}
+REGISTERS = 65536
+MAX_STACK = 16
+"""Bytes per thread: the compiler keeps one or two values there in an epilogue; spilled loops take hundreds."""
+
+POINTERS = {
+    "labels": "*i64",
+    "cu_seqlens": "*i32",
+    **dict.fromkeys(
+        (
+            "lse_out", "logp_out", "loss_out", "row_max_out", "row_sum_out", "label_logit_out", "logit_sum_out",
+            "lse_in", "logp_in", "row_scale", "partial_max", "partial_sum", "label_logit", "row_max", "row_sum",
+            "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out", "stabilizer_out", "d_logp",
+            "d_out", "d_values", "factor",
+        ),
+        "*fp32",
+    ),
+}  # fmt: skip
+INTEGERS = ("logits_stride", "out_stride", "hidden_stride", "weight_stride", "M", "V", "D", "T", "col_offset",
+            "vocab_size", "pairs", "numel")  # fmt: skip
+FEATURES = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_EXTRAS", "HAS_LOSS", "HAS_LOGIT_SUM", "MERGE", "HAS_ROW_SCALE",
+            "HAS_GRADIENT", "MEAN")  # fmt: skip
+
+
+def make_target(arch):
+    return GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+
+
+@cache
+def compile_kernel(kernel, arch, dtype, constants, num_warps, num_stages, checked=False, tiles=None):
+    """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors."""
+    names = kernel.arg_names
+    fixed = {name: True for name in FEATURES if name in names} | dict(constants)
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in fixed:
+            signature[name] = "constexpr"
+            continue
+        if tiles and name in tiles:
+            signature[name] = f"tensordesc<{dtype}[{tiles[name][0]},{tiles[name][1]}]>"
+            continue
+        if name in INTEGERS:
+            signature[name] = "i32"
+        elif name in POINTERS:
+            signature[name] = POINTERS[name]
+        elif name in ("logits", "out", "bias", "hidden", "weight", "values", "tensor"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "fp32"
+        if signature[name].startswith("*") or name in ("logits_stride", "out_stride", "V", "D"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in fixed.items()}
+    options = {"num_warps": num_warps, "num_stages": num_stages, **(configs.CHECKED_LAUNCH if checked else {})}
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=make_target(arch), options=options)
+
+
+def register_use(compiled, arch):
+    """(registers per thread, bytes of stack per thread); on AMD (0, spilled registers)."""
+    if isinstance(arch, str):
+        return 0, int(re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])[1])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()
+    return int(registers), int(stack)
+
+
+def assert_fits(compiled, arch, num_warps):
+    registers, stack = register_use(compiled, arch)
+    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+    assert registers * 32 * num_warps <= REGISTERS
+    assert stack <= (0 if isinstance(arch, str) else MAX_STACK)
+
+
+def row_kernels():
+    row, stream, segment, scale = (
+        configs.ROW_CONFIG,
+        configs.STREAM_CONFIG,
+        configs.SEGMENT_CONFIG,
+        configs.SCALE_CONFIG,
+    )
+    return [
+        (rows.softmax_residual_kernel, row, True),
+        (rows.logits_stats_kernel, row, False),
+        (rows.residual_from_stats_kernel, stream, True),
+        (segments.segment_sum_kernel, segment, False),
+        (segments.segment_sum_backward_kernel, segment, False),
+        (segments.slime_terms_kernel, segment, False),
+        (segments.scale_kernel, scale, False),
+    ]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_row_and_segment_kernels_fit(arch):
+    """With every feature on, which takes the most registers; float32 rows, which take the most per element."""
+    for kernel, config, checked in row_kernels():
+        compiled = compile_kernel(kernel, arch, "fp32", (("BLOCK", config.block),), config.num_warps, 3, checked)
+        assert_fits(compiled, arch, config.num_warps)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
+    """Aligned rows, which descriptors can address, and rows of any pitch."""
+    family = configs.target_family(make_target(arch).backend, arch)
+    config = configs.linear_config(family, 2, can_use_descriptors=is_aligned)
+    compiled = compile_linear(config, arch, "bf16", features=features)
+    assert_fits(compiled, arch, config.num_warps)
+    assembly = compiled.asm["amdgcn" if isinstance(arch, str) else "ptx"]
+    assert TENSOR_CORES.get(arch, "mma.sync") in assembly
+    assert ("cp.async.bulk.tensor" in assembly) == config.uses_descriptors
+    assert config.uses_descriptors == (is_aligned and family in ("sm90", "sm100"))
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_float32_linear_stats_and_merge_fit(arch):
+    family = configs.target_family(make_target(arch).backend, arch)
+    config = configs.linear_config(family, 4, can_use_descriptors=True)
+    assert_fits(compile_linear(config, arch, "fp32", features=True), arch, config.num_warps)
+    merge = (("BLOCK_M", configs.MERGE_ROWS), ("BLOCK_T", configs.MERGE_TILES))
+    assert_fits(compile_kernel(linear_stats.merge_partials_kernel, arch, "fp32", merge, 4, 3), arch, 4)
+
+
+class FrozenTiles(dict):
+    """Hashable, so that compilations are remembered."""
+
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+def compile_linear(config, arch, dtype, *, features):
+    """The fused head product; without features also without a tail in D."""
+    constants = {
+        "HAS_BIAS": features,
+        "HAS_SOFTCAP": features,
+        "DESCRIPTORS": config.uses_descriptors,
+        "EVEN_D": not features,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    shapes = {"hidden": (config.block_m, config.block_k), "weight": (config.block_n, config.block_k)}
+    return compile_kernel(
+        linear_stats.linear_stats_kernel,
+        arch,
+        dtype,
+        tuple(constants.items()),
+        config.num_warps,
+        config.num_stages,
+        tiles=FrozenTiles(shapes) if config.uses_descriptors else None,
+    )
+
+
+def test_the_gate_sees_spills():
+    """128 x 256 accumulators in one warpgroup take every register there is."""
+    compiled = compile_linear(configs.LinearConfig(128, 256, 32, 8, 4, 2), 90, "bf16", features=False)
+    assert register_use(compiled, 90)[1] > 10 * MAX_STACK
+    with pytest.raises(AssertionError):
+        assert_fits(compiled, 90, 4)
+
+
+def test_the_gate_sees_too_much_shared_memory():
+    """An H100's tile with two stages more than it can hold."""
+    config = replace(configs.LINEAR_CONFIGS["sm90", 2], num_stages=5)
+    compiled = compile_linear(config, 90, "bf16", features=False)
+    assert register_use(compiled, 90)[1] <= MAX_STACK
+    with pytest.raises(AssertionError):
+        assert_fits(compiled, 90, config.num_warps)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_labels_are_checked_on_the_device(arch):
+    """Assertions survive in exactly the kernels that know the vocabulary's size."""
+    row, stream = configs.ROW_CONFIG, configs.STREAM_CONFIG
+    for kernel, config, checked in row_kernels()[:3]:
+        assert config in (row, stream)
+        compiled = compile_kernel(kernel, arch, "fp32", (("BLOCK", config.block),), config.num_warps, 3, checked)
+        assert ("__assertfail" in compiled.asm["ptx"]) == checked
+
+
+def test_loads_are_wide_where_rows_are_aligned():
+    config = configs.ROW_CONFIG
+    compiled = compile_kernel(
+        rows.softmax_residual_kernel, 90, "fp32", (("BLOCK", config.block),), config.num_warps, 3, True
+    )
+    assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
+    assert re.search(r"st\.global\S*\.v4\.b32", compiled.asm["ptx"])
