@@ -1,4 +1,4 @@
-"""Another project installs a top-level package `triton_kernels`: ours is `slime_fused.triton_kernels`, and only that.
+"""Another project installs a top-level package `triton_kernels`; ours is `slime_fused.triton_kernels` alone.
 
 What a wheel holds is checked in test_packaging.py; here both are imported in one process.
 """
