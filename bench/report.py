@@ -101,6 +101,36 @@ def run_markdown(run: Run) -> str:
     return "\n\n".join(parts)
 
 
+_SUMMARY_CASES = ("v32k-fp32", "v32k-bf16", "v32k-fp32-m50", "v152k-fp32", "v152k-bf16")
+_SUMMARY_CONTESTANTS = ("slime_fused", "naive", "naive-compiled", "torch-linear-ce")
+
+
+def summary_markdown(run: Run) -> str:
+    """The README's first table: time over the bare products of the same run, and peak memory, in few columns."""
+    lines = []
+    for name in (n for n in _SUMMARY_CASES if n in run.cases):
+        case = run.case(name)
+        over = {row.contestant: _number(row.over_products, ".2f") for row in run.rows if row.case == name}
+        size = f"{case.valid_tokens} of {case.tokens} tokens, D={case.hidden}, V={case.vocab}, {case.dtype}"
+        lines.append((size, *(over.get(c, "") or "not run" for c in _SUMMARY_CONTESTANTS)))
+    headings = ("forward + backward, time / bare matrix products", "slime_fused", "naive", "compiled", "torch")
+    return markdown_table(headings, [*lines, *_summary_memory(run)])
+
+
+def _summary_memory(run: Run) -> list[tuple[str, ...]]:
+    """One line per case whose memory was measured: the peak above inputs and returned gradients."""
+    lines = []
+    for name in run.cases:
+        case = run.case(name)
+        peaks = {row.contestant: row.peak_bytes for row in run.rows if row.case == name and row.peak_bytes}
+        if peaks:
+            returned = case.itemsize * case.hidden * (case.tokens + (0 if case.frozen_head else case.vocab))
+            size = f"memory above gradients: {case.tokens} tokens, D={case.hidden}, V={case.vocab}, {case.dtype}"
+            extra = (mebibytes(max(peaks[c] - returned, 0)) if c in peaks else "not run" for c in _SUMMARY_CONTESTANTS)
+            lines.append((size, *extra))
+    return lines
+
+
 def splice(text: str, name: str, content: str) -> str:
     """Replace what stands between the markers of ``name``; ValueError where they are missing."""
     pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)", re.DOTALL)
@@ -131,7 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print:
             print(content)
             continue
-        args.readme.write_text(splice(args.readme.read_text(), kind, content))
+        text = splice(args.readme.read_text(), kind, content)
+        if kind == "cpu" and "<!-- bench:summary -->" in text:
+            text = splice(text, "summary", summary_markdown(runs[0]))
+        args.readme.write_text(text)
         if args.plots is not None:
             from bench.plots import draw
 
