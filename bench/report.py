@@ -124,9 +124,11 @@ def _summary_memory(run: Run) -> list[tuple[str, ...]]:
         case = run.case(name)
         peaks = {row.contestant: row.peak_bytes for row in run.rows if row.case == name and row.peak_bytes}
         if peaks:
-            returned = case.itemsize * case.hidden * (case.tokens + (0 if case.frozen_head else case.vocab))
             size = f"memory above gradients: {case.tokens} tokens, D={case.hidden}, V={case.vocab}, {case.dtype}"
-            extra = (mebibytes(max(peaks[c] - returned, 0)) if c in peaks else "not run" for c in _SUMMARY_CONTESTANTS)
+            extra = (
+                mebibytes(max(peaks[c] - case.gradient_bytes, 0)) if c in peaks else "not run"
+                for c in _SUMMARY_CONTESTANTS
+            )
             lines.append((size, *extra))
     return lines
 
