@@ -33,11 +33,15 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' '*.cc' | xargs $(BIN)/clang-format --dry-run --Werror
 
+# A real model on real pairs, fused and naive. Your own pairs: make demo DEMO_DATA=pairs.jsonl
+demo: build
+	$(BIN)/python examples/demo.py $(if $(DEMO_DATA),--data $(DEMO_DATA))
+
 bench: build
 	$(BIN)/python -m bench.cpu
 
 report: build
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.report --plots docs
 
 clean:
 	rm -rf build dist *.egg-info slime_fused/_C*.so
