@@ -37,7 +37,7 @@ MAX_STEPS = 24
 
 
 class Stages:
-    """A progress bar over the whole demo, in units of roughly one second; plain lines where there is no terminal."""
+    """A progress bar over the whole demo, in units of about one second; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, total: float) -> None:
         self.console = console

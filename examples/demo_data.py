@@ -66,8 +66,8 @@ def _download(requirement: str, folder: Path, *options: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = requirement.split("==")[0].replace("-", "_")
     if not list(folder.glob(f"{stem}-*")):
-        # A source archive names its metadata through its build backend. Asking for that one package alone to come as
-        # source leaves the backend itself installable from wheels.
+        # A source archive names its metadata through its build backend. Asking for that one package alone to come
+        # as source leaves the backend itself installable from wheels.
         options = tuple(o.replace(":all:", stem) if o.startswith("--no-binary") else o for o in options)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         result = subprocess.run(

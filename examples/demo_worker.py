@@ -64,6 +64,15 @@ def reset_peak() -> None:
         return
 
 
+def load_resident(path: str) -> Any:
+    """The model with its weights copied into memory: pages of a mapped file come and go and blur the numbers."""
+    model = load_model(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Turn a model file into a folder that the other workers load in a moment."""
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
@@ -171,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(args.seconds)
         trainer = SlimeTrainer(
-            load_model(args.model),
+            load_resident(args.model),
             settings(args, folder),
             train_dataset=pairs.select(range(HELD_OUT, len(pairs))),
             eval_dataset=held_out,
