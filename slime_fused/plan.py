@@ -29,7 +29,7 @@ ROW_ALIGNMENT = 16
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
 """Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
 
-_AUTO_ROWS = {"cpu": 1024, "gpu": 4096}
+_AUTO_ROWS = {"cpu": 2048, "gpu": 4096}
 _AUTO_CAP = {"cpu": 1 << 30, "gpu": 4 << 30}
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -219,7 +219,7 @@ def _greedy(pair_rows: tuple[int, ...], capacity: int, target: int) -> tuple[Chu
 def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -> int:
     """Bytes for ``workspace``: a number of bytes, a string such as "512MiB", or "auto".
 
-    "auto" is room for the largest pair and at least 1024 rows (4096 on a GPU: each chunk reads the head twice
+    "auto" is room for the largest pair and at least 2048 rows (4096 on a GPU: each chunk reads the head twice
     and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU).
 
     Raises TypeError or ValueError for anything else.
