@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from slime_fused import checks, library, op
-from slime_fused.backends import BACKEND_NAMES
+from slime_fused.arguments import config_numbers, config_or_default, label_counts, prepare_arguments
 from slime_fused.backends.base import TokenLoss
-from slime_fused.calls import HeadOptions, Wants, prepare_call
+from slime_fused.calls import Wants, prepare_call
 from slime_fused.config import SlimeLossConfig
 from slime_fused.execute import slime_weights
-from slime_fused.layout import shift_labels
 from slime_fused.op import SlimeParameters
 from slime_fused.output import SlimeOutput
 from slime_fused.plan import Plan
@@ -66,8 +65,8 @@ def slime_loss(
             label out of range is an asynchronous device assertion on a GPU.
         RuntimeError: in backward, for a second derivative.
     """
-    config = _config_or_default(config)
-    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+    config = config_or_default(config)
+    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
         hidden,
         weight,
         labels,
@@ -83,7 +82,7 @@ def slime_loss(
     if cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
     checks.check_pairs(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-    parameters = SlimeParameters(_numbers(config), config.stabilizer_reduction)
+    parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)
     wants = Wants.of(hidden, weight, bias)
     if torch.compiler.is_compiling():
         outputs = library.slime_loss_op(
@@ -188,7 +187,7 @@ def sequence_logprobs(
     sums = library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
     if reduction == "sum":
         return sums
-    counts = _label_counts(labels, cu_seqlens, shift, ignore_index)
+    counts = label_counts(labels, cu_seqlens, shift, ignore_index)
     return sums / counts.clamp(min=1)
 
 
@@ -243,7 +242,7 @@ def linear_cross_entropy(
             backend,
             workspace,
         )
-    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
         hidden,
         weight,
         labels,
@@ -289,7 +288,7 @@ def slime_terms(
     Raises:
         TypeError, ValueError: wrong dtypes or shapes, boundaries that do not fit, an empty response.
     """
-    config = _config_or_default(config)
+    config = config_or_default(config)
     if not isinstance(logp, Tensor) or logp.dtype not in (torch.float32, torch.float64):
         got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
         raise TypeError(f"logp: expected a float32 or float64 tensor, got {got}")
@@ -298,7 +297,7 @@ def slime_terms(
     checks.check_cu_seqlens(cu_seqlens, logp.device)
     checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     lengths = checks.response_lengths(cu_seqlens, logp.shape[0])
-    weights = slime_weights(_numbers(config), config.stabilizer_reduction, lengths)
+    weights = slime_weights(config_numbers(config), config.stabilizer_reduction, lengths)
     wants = torch.is_grad_enabled() and logp.requires_grad
     outputs = op.SlimeTermsFunction.apply(
         logp.contiguous(), cu_seqlens.to(torch.int32).contiguous(), weights, backend, wants
@@ -328,7 +327,7 @@ def explain_plan(
     read off ``requires_grad``.
     """
     checks.check_choice("loss", loss, ("slime", "cross_entropy", "token"))
-    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
         hidden,
         weight,
         labels,
@@ -354,7 +353,7 @@ def _token_loss(
     token_loss: TokenLoss,
     *head_options: Any,
 ) -> Tensor:
-    hidden, weight, labels, bias, cu_seqlens, options = _prepare(
+    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
         hidden, weight, labels, bias, cu_seqlens, *head_options
     )
     wants = Wants.of(hidden, weight, bias)
@@ -371,76 +370,3 @@ def _token_loss(
         )[0]
         return loss
     return op.TokenLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, token_loss, options, wants)
-
-
-def _prepare(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    logit_scale: float,
-    logit_softcap: float | None,
-    backend: str,
-    workspace: int | str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
-    """Cast under autocast, then check everything that shows without reading values."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    checks.check_linear(hidden, weight, labels, bias, cu_seqlens)
-    checks.check_transform(logit_scale, logit_softcap)
-    checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
-    options = HeadOptions(
-        bool(shift),
-        int(ignore_index),
-        float(logit_scale),
-        None if logit_softcap is None else float(logit_softcap),
-        backend,
-        workspace,
-    )
-    return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, its dtype (float64 is left alone, as autocast does); the casts are differentiable."""
-    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-
-    def cast(x: Tensor) -> Tensor:
-        is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if is_cast else x
-
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
-
-
-def _label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
-    """(S,) labelled tokens of each sequence."""
-    has_target = (shift_labels(labels, cu_seqlens, ignore_index) if shift else labels) != ignore_index
-    if cu_seqlens is None:
-        return has_target.sum(-1).reshape(-1)
-    cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
-    at_bounds = cumulative[cu_seqlens.long()]
-    return at_bounds[1:] - at_bounds[:-1]
-
-
-def _config_or_default(config: SlimeLossConfig | None) -> SlimeLossConfig:
-    if config is None:
-        return SlimeLossConfig()
-    if not isinstance(config, SlimeLossConfig):
-        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
-    return config
-
-
-def _numbers(config: SlimeLossConfig) -> tuple[float, ...]:
-    return (
-        float(config.lambda_w),
-        float(config.lambda_l),
-        float(config.lambda_d),
-        float(config.delta),
-        float(config.margin_hard),
-        float(config.margin_soft),
-        float(config.kappa),
-        float(config.power),
-    )

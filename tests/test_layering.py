@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused",),
     ("slime_fused.modules",),
     ("slime_fused.functional", "slime_fused.logits_loss", "slime_fused.info", "slime_fused.reference"),
-    ("slime_fused.library",),
+    ("slime_fused.arguments", "slime_fused.library"),
     ("slime_fused.op",),
     ("slime_fused.calls", "slime_fused.execute"),
     ("slime_fused.engine",),

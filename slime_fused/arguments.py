@@ -1,0 +1,87 @@
+"""What every public function does with its arguments: cast under autocast, check, and gather the options."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slime_fused import checks
+from slime_fused.backends import BACKEND_NAMES
+from slime_fused.calls import HeadOptions
+from slime_fused.config import SlimeLossConfig
+from slime_fused.layout import shift_labels
+
+
+def prepare_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    logit_scale: float,
+    logit_softcap: float | None,
+    backend: str,
+    workspace: int | str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
+    """Cast under autocast, then check everything that shows without reading values."""
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    checks.check_linear(hidden, weight, labels, bias, cu_seqlens)
+    checks.check_transform(logit_scale, logit_softcap)
+    checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
+    options = HeadOptions(
+        bool(shift),
+        int(ignore_index),
+        float(logit_scale),
+        None if logit_softcap is None else float(logit_softcap),
+        backend,
+        workspace,
+    )
+    return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast, its dtype (float64 is left alone, as autocast does); the casts are differentiable."""
+    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(x: Tensor) -> Tensor:
+        is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_cast else x
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+    """(S,) labelled tokens of each sequence."""
+    has_target = (shift_labels(labels, cu_seqlens, ignore_index) if shift else labels) != ignore_index
+    if cu_seqlens is None:
+        return has_target.sum(-1).reshape(-1)
+    cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
+    at_bounds = cumulative[cu_seqlens.long()]
+    return at_bounds[1:] - at_bounds[:-1]
+
+
+def config_or_default(config: SlimeLossConfig | None) -> SlimeLossConfig:
+    """None is the paper's configuration. Raises TypeError for anything else that is no configuration."""
+    if config is None:
+        return SlimeLossConfig()
+    if not isinstance(config, SlimeLossConfig):
+        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
+    return config
+
+
+def config_numbers(config: SlimeLossConfig) -> tuple[float, ...]:
+    """The hyperparameters in the order of `SlimeParameters.numbers`."""
+    return (
+        float(config.lambda_w),
+        float(config.lambda_l),
+        float(config.lambda_d),
+        float(config.delta),
+        float(config.margin_hard),
+        float(config.margin_soft),
+        float(config.kappa),
+        float(config.power),
+    )
