@@ -32,9 +32,9 @@ def plot_demo(results: dict[str, Any], path: Path) -> Path:
     margins.legend()
 
     rows = [(label, {impl: results[part][f"{size} {impl}"] for impl in _COLORS}) for part, size, label in _GROUPS]
-    rows.append(("whole step\n(process)", {impl: results["train"][impl] for impl in _COLORS}))
+    rows.append(("whole step\n(LoRA)", {impl: results["train"][impl] for impl in _COLORS}))
     for axes, key, scale, title in (
-        (memory, "memory", 1e6, "Memory [MB]"),
+        (memory, "memory", 1e6, "Memory it adds [MB]"),
         (speed, "tokens_per_second", 1.0, "Speed [tokens/s]"),
     ):
         for offset, impl in ((-0.2, "naive"), (0.2, "fused")):

@@ -11,7 +11,14 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_utils import EvalLoopOutput
 
 from slime_fused.trainer.check import check_head
@@ -244,6 +251,8 @@ def _wrap_adapter(model: Any, peft_config: Any, args: SlimeConfig) -> Any:
             raise ValueError("peft_config: the model already carries an adapter; pass one or the other")
         from peft import get_peft_model
 
+        # The base class seeds later, in its own constructor; the adapter's random start belongs to the run too.
+        set_seed(args.seed)
         model = get_peft_model(model, peft_config)
     if hasattr(model, "peft_config") and args.gradient_checkpointing:
         # Reentrant checkpointing needs one input with a gradient, and frozen embeddings give none.

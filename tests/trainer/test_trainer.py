@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_pairs, slime_by_hand, tiny_llama
 from datasets import IterableDataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
@@ -153,6 +154,23 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tokenizer, make
     assert len(losses(whole)) == 6
     for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_same_seed_gives_the_same_adapter(tokenizer, make_args):
+    adapters = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        trainer = SlimeTrainer(
+            tiny_llama(len(tokenizer)),
+            make_args(),
+            train_dataset=make_pairs(2),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+        )
+        adapters.append({n: p for n, p in trainer.model.named_parameters() if "lora_A" in n})
+    assert len(adapters[0]) == 2
+    for name, value in adapters[0].items():
+        assert torch.equal(value, adapters[1][name]), name
 
 
 def test_fused_and_naive_train_alike(tokenizer, make_args):
