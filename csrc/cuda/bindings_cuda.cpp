@@ -54,10 +54,12 @@ py::dict runtime_info() {
 
 void bind_row_plan(py::module_& module) {
   using cuda::RowPlan;
-  py::enum_<cuda::RowStage>(module, "RowStage", "Where a row waits between its two visits.")
+  // module_local: two builds of these kernels may be loaded at once, as the tests do.
+  py::enum_<cuda::RowStage>(module, "RowStage", py::module_local(),
+                            "Where a row waits between its two visits.")
       .value("shared", cuda::RowStage::shared)
       .value("registers", cuda::RowStage::registers);
-  py::class_<RowPlan>(module, "RowPlan",
+  py::class_<RowPlan>(module, "RowPlan", py::module_local(),
                       "How softmax_residual lays rows out on the device (csrc/cuda/row_plan.h).")
       .def(py::init([](cuda::RowStage stage, int cluster, int threads, int shared_vectors, int pad_bytes,
                        bool streaming, int64_t max_blocks) {
