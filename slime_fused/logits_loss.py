@@ -47,7 +47,8 @@ def cross_entropy(
         float64).
 
     Raises:
-        TypeError, ValueError: before any kernel runs, naming the argument, what was expected and what came.
+        TypeError, ValueError: before any kernel runs, naming the argument, what was expected and what came. A mean
+            over no label is refused on the CPU; on a GPU, where finding out would mean waiting, it is NaN.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
@@ -62,6 +63,8 @@ def cross_entropy(
     labels = labels.long()
     ignored = labels == ignore_index
     check_label_range(labels, ignored, logits.shape[-1])
+    if reduction == "mean" and labels.device.type == "cpu" and bool(ignored.all()):
+        raise ValueError("labels: expected at least one label that is not ignore_index, got none")
     head = HeadTransform(float(logit_scale), None if logit_softcap is None else float(logit_softcap))
     token_loss = TokenLoss(float(label_smoothing), float(z_loss))
     targets = labels.masked_fill(ignored, IGNORED).flatten()

@@ -138,11 +138,12 @@ def test_changed_logits_are_noticed(backend):
         loss.backward()
 
 
-def test_all_ignored_is_as_in_pytorch(backend):
+def test_a_mean_over_no_label_is_refused_where_pytorch_gives_nan(backend):
     logits, labels = make_logits(4, 9)
     labels.fill_(-100)
     assert torch.isnan(F.cross_entropy(logits, labels))
-    assert torch.isnan(sf.cross_entropy(logits, labels, backend=backend))
+    with pytest.raises(ValueError, match="labels: expected at least one label"):
+        sf.cross_entropy(logits, labels, backend=backend)
     loss, grad = value_and_grad(sf.cross_entropy, logits, labels, reduction="sum", backend=backend)
     assert loss == 0
     assert (grad == 0).all()
