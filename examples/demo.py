@@ -181,6 +181,8 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Threads that spin while they wait starve each other on a machine that is also busy with something else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # glibc keeps freed blocks of up to 32 MB for reuse, and their fragments would drown what is measured here.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4000000")
     console = Console()
     began = time.monotonic()
     try:

@@ -187,6 +187,15 @@ def test_mixed_precision_and_checkpointing(tokenizer, make_args, settings):
     assert losses(other) == pytest.approx(losses(plain), rel=3e-2 if "bf16" in settings else 1e-6)
 
 
+@pytest.mark.parametrize(("setting", "forwards_per_step"), [(None, 2), (True, 2), (False, 1)])
+def test_layers_are_recomputed_unless_told_otherwise(tokenizer, make_args, setting, forwards_per_step):
+    model = tiny_llama(len(tokenizer))
+    calls: list[int] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    run(tokenizer, make_args(max_steps=3, gradient_checkpointing=setting, check_head=False), model=model)
+    assert len(calls) == 3 * forwards_per_step
+
+
 def test_a_streaming_dataset_trains(tokenizer, make_args):
     rows = make_pairs(8)
     streamed, _ = run(tokenizer, make_args(), rows=IterableDataset.from_generator(lambda: iter(rows)))

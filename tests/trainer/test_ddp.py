@@ -1,0 +1,60 @@
+"""Two processes on gloo take the same optimizer steps, and report the same numbers, as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+
+
+def launch(folder: Path, reduction: str, batch_size: int, accumulation: int, processes: int):
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(WORKER), str(folder), reduction, str(batch_size), str(accumulation)]
+    running = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        log = (folder / f"rank{rank}.log").open("w+")
+        running.append((subprocess.Popen(command, env=environment | place, stderr=log, stdout=log), log))
+    try:
+        for process, log in running:
+            status = process.wait(timeout=200)
+            log.seek(0)
+            assert status == 0, log.read()[-3000:]
+    finally:
+        for process, log in running:
+            process.kill()
+            log.close()
+    return torch.load(folder / "gradients.pt"), json.loads((folder / "reports.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_two_processes_step_as_one(tmp_path, reduction):
+    gradients, reports = launch(tmp_path / "two", reduction, batch_size=1, accumulation=2, processes=2)
+    expected, expected_reports = launch(tmp_path / "one", reduction, batch_size=4, accumulation=1, processes=1)
+    assert len(gradients) == len(expected) == 2
+    for step, expected_step in zip(gradients, expected, strict=True):
+        for name, value in expected_step.items():
+            floor = 2e-5 * float(value.abs().max())
+            torch.testing.assert_close(step[name], value, rtol=2e-3, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
+    names = ("loss", "slime/stabilizer", "logps/chosen", "rewards/margins", "slime/active_fraction")
+    for report, expected_report in zip(reports["train"], expected_reports["train"], strict=True):
+        assert report["num_pairs"] == 4
+        assert report["num_tokens"] == expected_report["num_tokens"]
+        for name in names:
+            assert report[name] == pytest.approx(expected_report[name], rel=1e-4), name
+    assert reports["eval"]["eval_num_pairs"] == 8
+    for name in ("logps/chosen", "logps/rejected", "rewards/margins"):
+        assert reports["eval"][f"eval_{name}"] == pytest.approx(expected_reports["eval"][f"eval_{name}"], rel=1e-4)
