@@ -48,8 +48,6 @@ def plot_demo(results: dict[str, Any], path: Path) -> Path:
             axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
         axes.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
         axes.set_title(title)
-        # Head alone and whole process differ by orders of magnitude; both comparisons should be legible.
-        axes.set_yscale("log")
         axes.legend()
     for axes in (losses, margins):
         axes.grid(alpha=0.3)
