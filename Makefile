@@ -33,9 +33,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' '*.cc' | xargs $(BIN)/clang-format --dry-run --Werror
 
-# A real model on real pairs, fused and naive. Your own pairs: make demo DEMO_DATA=pairs.jsonl
+# A real model on real pairs, fused and naive. Your own: make demo DEMO_DATA=pairs.jsonl DEMO_MODEL=folder
 demo: build
-	$(BIN)/python examples/demo.py $(if $(DEMO_DATA),--data $(DEMO_DATA))
+	$(BIN)/python examples/demo.py $(if $(DEMO_DATA),--data $(DEMO_DATA)) $(if $(DEMO_MODEL),--model $(DEMO_MODEL))
 
 bench: build
 	$(BIN)/python -m bench.cpu
