@@ -84,7 +84,11 @@ class RowSet:
         """Write (M, ...) to these rows of (N_all, ...)."""
         if self.index is not None:
             target.index_copy_(0, self.index, value.to(target.dtype))
-            return
+        else:
+            self.put_labelled(target, value)
+
+    def put_labelled(self, target: Tensor, value: Tensor) -> None:
+        """Write (M, ...) to these rows of (N, ...), a tensor that holds the labelled rows alone."""
         done = 0
         for begin, end in self.spans:
             target[begin:end] = value[done : done + end - begin]
@@ -138,31 +142,10 @@ class ChunkEngine:
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
         """Statistics of a chunk without its residual."""
-        logits = self.logits(rows)
-        token_loss, vocab = self.head.token_loss, logits.shape[1]
-        row_max, row_sum, label_logit, logit_sum = self._empty(4, logits.shape[0]).unbind()
-        smoothing = token_loss.label_smoothing
-        self.head.backend.logits_stats(
-            logits,
-            rows.of_labelled(self.targets),
-            self.head.bias,
-            self.head.transform,
-            col_offset=0,
-            row_max=row_max,
-            row_sum=row_sum,
-            label_logit=label_logit,
-            logit_sum=logit_sum if smoothing else None,
-            merge=False,
-        )
-        log_sum = row_sum.log_()
-        logp = label_logit.sub_(row_max).sub_(log_sum)
-        lse = log_sum.add_(row_max)
-        loss = (smoothing - 1) * logp
-        if smoothing:
-            loss += smoothing * (lse - logit_sum / vocab)
-        if token_loss.z_loss:
-            loss += token_loss.z_loss * lse**2
-        self.write_stats(rows, TokenStats(lse, logp, loss), out)
+        head = self.head
+        targets = rows.of_labelled(self.targets)
+        chunk = token_stats(head.backend, self.logits(rows), targets, head.bias, head.transform, head.token_loss)
+        self.write_stats(rows, chunk, out)
 
     def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
         """(M, V) residual of a chunk; its statistics go to ``out``."""
@@ -243,13 +226,9 @@ class ChunkEngine:
 
     def write_stats(self, rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
         """Copy a chunk's statistics to their place among all labelled rows."""
-        done = 0
-        for begin, end in rows.spans:
-            part = slice(done, done + end - begin)
-            out.lse[begin:end] = chunk.lse[part]
-            out.logp[begin:end] = chunk.logp[part]
-            out.loss[begin:end] = chunk.loss[part]
-            done += end - begin
+        rows.put_labelled(out.lse, chunk.lse)
+        rows.put_labelled(out.logp, chunk.logp)
+        rows.put_labelled(out.loss, chunk.loss)
 
     def _empty(self, *shape: int) -> Tensor:
         return self.head.hidden.new_empty(shape, dtype=acc_dtype(self.head.hidden.dtype))
@@ -258,3 +237,38 @@ class ChunkEngine:
 def join(pieces: list[Tensor]) -> Tensor:
     """Concatenate, without a copy where there is one piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def token_stats(
+    backend: Backend,
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    transform: HeadTransform,
+    token_loss: TokenLoss,
+) -> TokenStats:
+    """Statistics and losses of (M, V) raw logits that stay as they are. A row without a label gets numbers too."""
+    shape = (4, logits.shape[0])
+    row_max, row_sum, label_logit, logit_sum = logits.new_empty(shape, dtype=acc_dtype(logits.dtype)).unbind()
+    smoothing = token_loss.label_smoothing
+    backend.logits_stats(
+        logits,
+        labels,
+        bias,
+        transform,
+        col_offset=0,
+        row_max=row_max,
+        row_sum=row_sum,
+        label_logit=label_logit,
+        logit_sum=logit_sum if smoothing else None,
+        merge=False,
+    )
+    log_sum = row_sum.log_()
+    logp = label_logit.sub_(row_max).sub_(log_sum)
+    lse = log_sum.add_(row_max)
+    loss = (smoothing - 1) * logp
+    if smoothing:
+        loss += smoothing * (lse - logit_sum / logits.shape[1])
+    if token_loss.z_loss:
+        loss += token_loss.z_loss * lse**2
+    return TokenStats(lse, logp, loss)

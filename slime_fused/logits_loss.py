@@ -9,7 +9,8 @@ from torch import Tensor
 
 from slime_fused import checks
 from slime_fused.backends import BACKEND_NAMES, resolve_backend
-from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import HeadTransform, TokenLoss
+from slime_fused.engine import token_stats
 from slime_fused.layout import IGNORED, check_label_range
 from slime_fused.op import refuse_second_derivative
 
@@ -90,36 +91,11 @@ class LogitsLossFunction(torch.autograd.Function):
         backend_name: str,
     ) -> Tensor:
         """Statistics only; the logits stay as they are."""
-        vocab = logits.shape[-1]
         backend = resolve_backend(backend_name, logits.device, logits.dtype)
-        rows = _as_rows(logits)
-        row_max, row_sum, label_logit, logit_sum = logits.new_empty(
-            4, rows.shape[0], dtype=acc_dtype(logits.dtype)
-        ).unbind()
-        eps = token_loss.label_smoothing
-        backend.logits_stats(
-            rows,
-            targets,
-            None,
-            head,
-            col_offset=0,
-            row_max=row_max,
-            row_sum=row_sum,
-            label_logit=label_logit,
-            logit_sum=logit_sum if eps else None,
-            merge=False,
-        )
-        log_sum = row_sum.log_()
-        logp = label_logit.sub_(row_max).sub_(log_sum)
-        lse = log_sum.add_(row_max)
-        loss = (eps - 1) * logp
-        if eps:
-            loss += eps * (lse - logit_sum / vocab)
-        if token_loss.z_loss:
-            loss += token_loss.z_loss * lse**2
-        ctx.save_for_backward(logits, targets, lse, logp)
+        stats = token_stats(backend, _as_rows(logits), targets, None, head, token_loss)
+        ctx.save_for_backward(logits, targets, stats.lse, stats.logp)
         ctx.options = (backend, head, token_loss, inplace_backward)
-        return loss.masked_fill_(targets == IGNORED, 0)
+        return stats.loss.masked_fill_(targets == IGNORED, 0)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
