@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss
+from slime_fused.checks import check_pairs
 from slime_fused.engine import Head
 from slime_fused.layout import TokenLayout, require_responses, resolve_layout
 from slime_fused.plan import Operation, Plan, Problem, make_plan, resolve_workspace
@@ -81,6 +82,7 @@ def prepare_call(
         ignore_index=options.ignore_index,
     )
     if operation == "slime":
+        check_pairs(len(layout.lengths))
         require_responses(layout.lengths)
     head = Head(
         hidden=hidden.reshape(-1, hidden.shape[-1]),

@@ -6,7 +6,6 @@ Nothing here waits for a device or depends on values, so that a compiled graph c
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,21 +102,6 @@ def check_pairs(num_sequences: int, argument: str = "labels") -> None:
         raise ValueError(
             f"{argument}: expected an even number of sequences (P chosen, then P rejected), got {num_sequences}"
         )
-
-
-def response_lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
-    """Lengths of the responses. Waits for the device. Raises ValueError unless all are > 0 and sum to N."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(
-            f"cu_seqlens: expected to begin at 0 and end at {num_tokens} (the log-probs), "
-            f"got {bounds[0]} and {bounds[-1]}"
-        )
-    lengths = [end - begin for begin, end in pairwise(bounds)]
-    for s, length in enumerate(lengths):
-        if length <= 0:
-            raise ValueError(f"cu_seqlens: expected every response to hold a token, got {length} in row {s}")
-    return lengths
 
 
 def _is_finite(value: float) -> bool:

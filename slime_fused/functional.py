@@ -14,6 +14,7 @@ from slime_fused.backends.base import TokenLoss
 from slime_fused.calls import Wants, prepare_call
 from slime_fused.config import SlimeLossConfig
 from slime_fused.execute import slime_weights
+from slime_fused.layout import response_lengths
 from slime_fused.op import SlimeParameters
 from slime_fused.output import SlimeOutput
 from slime_fused.plan import Plan
@@ -296,7 +297,7 @@ def slime_terms(
         raise ValueError(f"logp: expected (N,), got shape {tuple(logp.shape)}")
     checks.check_cu_seqlens(cu_seqlens, logp.device)
     checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
-    lengths = checks.response_lengths(cu_seqlens, logp.shape[0])
+    lengths = response_lengths(cu_seqlens, logp.shape[0])
     weights = slime_weights(config_numbers(config), config.stabilizer_reduction, lengths)
     wants = torch.is_grad_enabled() and logp.requires_grad
     outputs = op.SlimeTermsFunction.apply(

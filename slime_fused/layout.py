@@ -107,11 +107,7 @@ def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:
     bounds = cu_seqlens.long()
     at_bounds = cumulative[bounds.clamp(0, num_rows)]
     bounds_host, at_host = torch.stack([bounds, at_bounds]).tolist()
-    if bounds_host[0] != 0 or bounds_host[-1] != num_rows:
-        raise ValueError(
-            f"cu_seqlens: expected to begin at 0 and end at {num_rows} (rows of hidden), "
-            f"got {bounds_host[0]} and {bounds_host[-1]}"
-        )
+    _check_ends(bounds_host, num_rows, "rows of hidden")
     for s, (begin, end) in enumerate(pairwise(bounds_host)):
         if end < begin:
             raise ValueError(f"cu_seqlens: expected non-decreasing values, got {begin} then {end} at index {s}")
@@ -119,13 +115,7 @@ def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:
 
 
 def require_responses(lengths: tuple[int, ...]) -> None:
-    """Refuse sequences that cannot be P pairs of non-empty responses, naming the row that is wrong."""
-    if not lengths:
-        raise ValueError("labels: expected at least one pair (two sequences), got none")
-    if len(lengths) % 2:
-        raise ValueError(
-            f"labels: expected an even number of sequences (chosen rows, then rejected rows), got {len(lengths)}"
-        )
+    """Refuse 2P sequences that are not all responses with a label, naming the row that is wrong."""
     if not any(lengths):
         raise ValueError("labels: expected at least one label that is not ignore_index, got none")
     for s, length in enumerate(lengths):
@@ -136,3 +126,21 @@ def require_responses(lengths: tuple[int, ...]) -> None:
                 f"labels: expected every response to hold a label, got none in row {s} "
                 f"(the {side} response of pair {s % pairs})"
             )
+
+
+def response_lengths(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
+    """Lengths of the responses. Waits for the device. Raises ValueError unless all are > 0 and sum to N."""
+    bounds = cu_seqlens.tolist()
+    _check_ends(bounds, num_tokens, "the log-probs")
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    for s, length in enumerate(lengths):
+        if length <= 0:
+            raise ValueError(f"cu_seqlens: expected every response to hold a token, got {length} in row {s}")
+    return lengths
+
+
+def _check_ends(bounds: list[int], size: int, what: str) -> None:
+    if bounds[0] != 0 or bounds[-1] != size:
+        raise ValueError(
+            f"cu_seqlens: expected to begin at 0 and end at {size} ({what}), got {bounds[0]} and {bounds[-1]}"
+        )

@@ -25,8 +25,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.plan", "slime_fused.layout", "slime_fused.output", "slime_fused.checks"),
     ("slime_fused.config",),
     ("slime_fused.backends",),
-    ("slime_fused.backends.cuda", "slime_fused.backends.triton", "slime_fused.backends.torch"),
-    ("slime_fused.backends.cpu",),
+    (
+        "slime_fused.backends.cuda",
+        "slime_fused.backends.cpu",
+        "slime_fused.backends.triton",
+        "slime_fused.backends.torch",
+    ),
+    ("slime_fused.backends.native",),
     ("slime_fused.backends.base",),
     ("slime_fused.triton_kernels", "slime_fused._C"),
 )

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
-from slime_fused.backends.cpu import _C, CpuBackend
+from slime_fused.backends.cpu import CpuBackend
+from slime_fused.backends.native import _C
 
 BACKEND = CpuBackend()
 if not BACKEND.available()[0]:

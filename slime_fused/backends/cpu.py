@@ -6,21 +6,13 @@ threads as PyTorch is set to, and give the same bits for any number of them.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import HeadTransform, SlimeWeights, TokenLoss, acc_dtype
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # slime_fused::DType
-
-_C: Any
-try:
-    _C, _import_error = import_module("slime_fused._C"), ""
-except ImportError as error:
-    _C, _import_error = None, str(error)
+from .native import _C, DTYPE_CODES, IMPORT_ERROR, matrix, segments_of, vector
 
 
 def _native() -> Any:
@@ -28,41 +20,6 @@ def _native() -> Any:
     if _C is None:
         raise RuntimeError(CpuBackend().available()[1])
     return _C.cpu
-
-
-def _matrix(name: str, tensor: Tensor, dtype: torch.dtype | None = None, shape: torch.Size | None = None) -> int:
-    """Check a (M, V) tensor with contiguous columns and return its row stride in elements."""
-    if tensor.dim() != 2 or (shape is not None and tensor.shape != shape):
-        expected = "(M, V)" if shape is None else tuple(shape)
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-    if tensor.dtype != dtype and (dtype is not None or tensor.dtype not in _DTYPE_CODES):
-        raise TypeError(f"{name}: expected dtype {dtype or sorted(map(str, _DTYPE_CODES))}, got {tensor.dtype}")
-    rows, cols = tensor.shape
-    if cols > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"{name}: expected contiguous columns (stride(1) == 1), got strides {tensor.stride()}")
-    return tensor.stride(0) if rows > 1 else cols
-
-
-def _vector(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> int:
-    """Check a contiguous (size,) tensor and return its address; 0 for None."""
-    if tensor is None:
-        return 0
-    if tensor.shape != (size,):
-        raise ValueError(f"{name}: expected shape ({size},), got {tuple(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-    if size > 1 and tensor.stride(0) != 1:
-        raise ValueError(f"{name}: expected a contiguous tensor, got stride {tensor.stride(0)}")
-    return tensor.data_ptr()
-
-
-def _segments(cu_seqlens: Tensor, values: Tensor) -> int:
-    """Check the offsets (S + 1,) int32 and the dtype of the values they cut; return S."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens: expected shape (S + 1,), got {tuple(cu_seqlens.shape)}")
-    if values.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"values: expected float32 or float64, got {values.dtype}")
-    return cu_seqlens.numel() - 1
 
 
 class CpuBackend:
@@ -75,7 +32,7 @@ class CpuBackend:
         if _C is not None:
             return True, ""
         return False, (
-            f"the native module slime_fused._C cannot be imported ({_import_error}); build it with `pip install .` "
+            f"the native module slime_fused._C cannot be imported ({IMPORT_ERROR}); build it with `pip install .` "
             "or, in a source tree, `cmake -S . -B build -G Ninja && cmake --build build`"
         )
 
@@ -83,7 +40,7 @@ class CpuBackend:
         """Whether tensors of this device and dtype can be passed; if not, what can."""
         if device.type != "cpu":
             return False, f"the cpu backend takes cpu tensors, got {device}"
-        if dtype not in _DTYPE_CODES:
+        if dtype not in DTYPE_CODES:
             return False, f"the cpu backend takes float32, bfloat16, float16 and float64, got {dtype}"
         return True, ""
 
@@ -108,18 +65,18 @@ class CpuBackend:
             out=out.data_ptr(),
             rows=rows,
             cols=cols,
-            logits_stride=_matrix("logits", logits),
-            out_stride=_matrix("out", out, logits.dtype, logits.shape),
-            dtype=_DTYPE_CODES[logits.dtype],
-            labels=_vector("labels", labels, rows, torch.int64),
-            bias=_vector("bias", bias, cols, logits.dtype),
+            logits_stride=matrix("logits", logits),
+            out_stride=matrix("out", out, logits.dtype, logits.shape),
+            dtype=DTYPE_CODES[logits.dtype],
+            labels=vector("labels", labels, rows, torch.int64),
+            bias=vector("bias", bias, cols, logits.dtype),
             scale=head.scale,
             softcap=head.softcap or 0.0,
             label_smoothing=token_loss.label_smoothing,
             z_loss=token_loss.z_loss,
-            lse=_vector("lse", lse, rows, acc),
-            logp=_vector("logp", logp, rows, acc),
-            loss=_vector("loss", loss, rows, acc),
+            lse=vector("lse", lse, rows, acc),
+            logp=vector("logp", logp, rows, acc),
+            loss=vector("loss", loss, rows, acc),
             num_threads=torch.get_num_threads(),
         )
 
@@ -144,17 +101,17 @@ class CpuBackend:
             logits=logits.data_ptr(),
             rows=rows,
             cols=cols,
-            logits_stride=_matrix("logits", logits),
+            logits_stride=matrix("logits", logits),
             col_offset=col_offset,
-            dtype=_DTYPE_CODES[logits.dtype],
-            labels=_vector("labels", labels, rows, torch.int64),
-            bias=_vector("bias", bias, cols, logits.dtype),
+            dtype=DTYPE_CODES[logits.dtype],
+            labels=vector("labels", labels, rows, torch.int64),
+            bias=vector("bias", bias, cols, logits.dtype),
             scale=head.scale,
             softcap=head.softcap or 0.0,
-            row_max=_vector("row_max", row_max, rows, acc),
-            row_sum=_vector("row_sum", row_sum, rows, acc),
-            label_logit=_vector("label_logit", label_logit, rows, acc),
-            logit_sum=_vector("logit_sum", logit_sum, rows, acc),
+            row_max=vector("row_max", row_max, rows, acc),
+            row_sum=vector("row_sum", row_sum, rows, acc),
+            label_logit=vector("label_logit", label_logit, rows, acc),
+            logit_sum=vector("logit_sum", logit_sum, rows, acc),
             merge=merge,
             num_threads=torch.get_num_threads(),
         )
@@ -182,47 +139,47 @@ class CpuBackend:
             out=out.data_ptr(),
             rows=rows,
             cols=cols,
-            logits_stride=_matrix("logits", logits),
-            out_stride=_matrix("out", out, logits.dtype, logits.shape),
+            logits_stride=matrix("logits", logits),
+            out_stride=matrix("out", out, logits.dtype, logits.shape),
             col_offset=col_offset,
             vocab_size=vocab_size,
-            dtype=_DTYPE_CODES[logits.dtype],
-            labels=_vector("labels", labels, rows, torch.int64),
-            bias=_vector("bias", bias, cols, logits.dtype),
+            dtype=DTYPE_CODES[logits.dtype],
+            labels=vector("labels", labels, rows, torch.int64),
+            bias=vector("bias", bias, cols, logits.dtype),
             scale=head.scale,
             softcap=head.softcap or 0.0,
             label_smoothing=token_loss.label_smoothing,
             z_loss=token_loss.z_loss,
-            lse=_vector("lse", lse, rows, acc),
-            logp=_vector("logp", logp, rows, acc),
-            row_scale=_vector("row_scale", row_scale, rows, acc),
+            lse=vector("lse", lse, rows, acc),
+            logp=vector("logp", logp, rows, acc),
+            row_scale=vector("row_scale", row_scale, rows, acc),
             num_threads=torch.get_num_threads(),
         )
 
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
         """See :meth:`Backend.segment_sum`."""
-        segments, tokens = _segments(cu_seqlens, values), values.numel()
+        segments, tokens = segments_of(cu_seqlens, values), values.numel()
         _native().segment_sum(
-            values=_vector("values", values, tokens, values.dtype),
-            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            values=vector("values", values, tokens, values.dtype),
+            cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
             segments=segments,
             tokens=tokens,
-            out=_vector("out", out, segments, values.dtype),
-            dtype=_DTYPE_CODES[values.dtype],
+            out=vector("out", out, segments, values.dtype),
+            dtype=DTYPE_CODES[values.dtype],
             mean=mean,
             num_threads=torch.get_num_threads(),
         )
 
     def segment_sum_backward(self, d_out: Tensor, cu_seqlens: Tensor, d_values: Tensor, *, mean: bool) -> None:
         """See :meth:`Backend.segment_sum_backward`."""
-        segments, tokens = _segments(cu_seqlens, d_values), d_values.numel()
+        segments, tokens = segments_of(cu_seqlens, d_values), d_values.numel()
         _native().segment_sum_backward(
-            d_out=_vector("d_out", d_out, segments, d_values.dtype),
-            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            d_out=vector("d_out", d_out, segments, d_values.dtype),
+            cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
             segments=segments,
             tokens=tokens,
-            d_values=_vector("d_values", d_values, tokens, d_values.dtype),
-            dtype=_DTYPE_CODES[d_values.dtype],
+            d_values=vector("d_values", d_values, tokens, d_values.dtype),
+            dtype=DTYPE_CODES[d_values.dtype],
             mean=mean,
             num_threads=torch.get_num_threads(),
         )
@@ -241,20 +198,20 @@ class CpuBackend:
         d_logp: Tensor | None,
     ) -> None:
         """See :meth:`Backend.slime_terms`."""
-        segments, tokens, acc = _segments(cu_seqlens, logp), logp.numel(), logp.dtype
+        segments, tokens, acc = segments_of(cu_seqlens, logp), logp.numel(), logp.dtype
         pairs = segments // 2
         _native().slime_terms(
-            logp=_vector("logp", logp, tokens, acc),
-            cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+            logp=vector("logp", logp, tokens, acc),
+            cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
             segments=segments,
             tokens=tokens,
-            dtype=_DTYPE_CODES[acc],
-            chosen_logps=_vector("chosen_logps", chosen_logps, pairs, acc),
-            rejected_logps=_vector("rejected_logps", rejected_logps, pairs, acc),
-            anchor=_vector("anchor", anchor, pairs, acc),
-            margin_loss=_vector("margin_loss", margin_loss, pairs, acc),
-            stabilizer=_vector("stabilizer", stabilizer, pairs, acc),
-            d_logp=_vector("d_logp", d_logp, tokens, acc),
+            dtype=DTYPE_CODES[acc],
+            chosen_logps=vector("chosen_logps", chosen_logps, pairs, acc),
+            rejected_logps=vector("rejected_logps", rejected_logps, pairs, acc),
+            anchor=vector("anchor", anchor, pairs, acc),
+            margin_loss=vector("margin_loss", margin_loss, pairs, acc),
+            stabilizer=vector("stabilizer", stabilizer, pairs, acc),
+            d_logp=vector("d_logp", d_logp, tokens, acc),
             num_threads=torch.get_num_threads(),
             **vars(weights),
         )

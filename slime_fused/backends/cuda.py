@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import HeadTransform, SlimeWeights, TokenLoss
-from .cpu import _C, _matrix, _segments, _vector
+from .native import _C, matrix, segments_of, vector
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # slime_fused::DType
 
@@ -110,18 +110,18 @@ class CudaBackend:
                 out=out.data_ptr(),
                 rows=rows,
                 cols=cols,
-                logits_stride=_matrix("logits", logits),
-                out_stride=_matrix("out", out, logits.dtype, logits.shape),
+                logits_stride=matrix("logits", logits),
+                out_stride=matrix("out", out, logits.dtype, logits.shape),
                 dtype=_DTYPE_CODES[logits.dtype],
-                labels=_vector("labels", labels, rows, torch.int64),
-                bias=_vector("bias", bias, cols, logits.dtype),
+                labels=vector("labels", labels, rows, torch.int64),
+                bias=vector("bias", bias, cols, logits.dtype),
                 scale=head.scale,
                 softcap=head.softcap or 0.0,
                 label_smoothing=token_loss.label_smoothing,
                 z_loss=token_loss.z_loss,
-                lse=_vector("lse", lse, rows, torch.float32),
-                logp=_vector("logp", logp, rows, torch.float32),
-                loss=_vector("loss", loss, rows, torch.float32),
+                lse=vector("lse", lse, rows, torch.float32),
+                logp=vector("logp", logp, rows, torch.float32),
+                loss=vector("loss", loss, rows, torch.float32),
                 plan=_row_plan(cols, logits.element_size(), device) if plan is None else plan,
                 device=device,
                 stream=stream,
@@ -151,17 +151,17 @@ class CudaBackend:
                 logits=logits.data_ptr(),
                 rows=rows,
                 cols=cols,
-                logits_stride=_matrix("logits", logits),
+                logits_stride=matrix("logits", logits),
                 col_offset=col_offset,
                 dtype=_DTYPE_CODES[logits.dtype],
-                labels=_vector("labels", labels, rows, torch.int64),
-                bias=_vector("bias", bias, cols, logits.dtype),
+                labels=vector("labels", labels, rows, torch.int64),
+                bias=vector("bias", bias, cols, logits.dtype),
                 scale=head.scale,
                 softcap=head.softcap or 0.0,
-                row_max=_vector("row_max", row_max, rows, torch.float32),
-                row_sum=_vector("row_sum", row_sum, rows, torch.float32),
-                label_logit=_vector("label_logit", label_logit, rows, torch.float32),
-                logit_sum=_vector("logit_sum", logit_sum, rows, torch.float32),
+                row_max=vector("row_max", row_max, rows, torch.float32),
+                row_sum=vector("row_sum", row_sum, rows, torch.float32),
+                label_logit=vector("label_logit", label_logit, rows, torch.float32),
+                logit_sum=vector("logit_sum", logit_sum, rows, torch.float32),
                 merge=merge,
                 device=device,
                 stream=stream,
@@ -193,34 +193,34 @@ class CudaBackend:
                 out=out.data_ptr(),
                 rows=rows,
                 cols=cols,
-                logits_stride=_matrix("logits", logits),
-                out_stride=_matrix("out", out, logits.dtype, logits.shape),
+                logits_stride=matrix("logits", logits),
+                out_stride=matrix("out", out, logits.dtype, logits.shape),
                 col_offset=col_offset,
                 vocab_size=vocab_size,
                 dtype=_DTYPE_CODES[logits.dtype],
-                labels=_vector("labels", labels, rows, torch.int64),
-                bias=_vector("bias", bias, cols, logits.dtype),
+                labels=vector("labels", labels, rows, torch.int64),
+                bias=vector("bias", bias, cols, logits.dtype),
                 scale=head.scale,
                 softcap=head.softcap or 0.0,
                 label_smoothing=token_loss.label_smoothing,
                 z_loss=token_loss.z_loss,
-                lse=_vector("lse", lse, rows, torch.float32),
-                logp=_vector("logp", logp, rows, torch.float32),
-                row_scale=_vector("row_scale", row_scale, rows, torch.float32),
+                lse=vector("lse", lse, rows, torch.float32),
+                logp=vector("logp", logp, rows, torch.float32),
+                row_scale=vector("row_scale", row_scale, rows, torch.float32),
                 device=device,
                 stream=stream,
             )
 
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
         """See :meth:`Backend.segment_sum`."""
-        segments = _segments(cu_seqlens, values)
+        segments = segments_of(cu_seqlens, values)
         device, stream = _placed(values, cu_seqlens, out)
         with _on(device):
             _native().segment_sum(
-                values=_vector("values", values, values.numel(), torch.float32),
-                cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+                values=vector("values", values, values.numel(), torch.float32),
+                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
                 segments=segments,
-                out=_vector("out", out, segments, torch.float32),
+                out=vector("out", out, segments, torch.float32),
                 mean=mean,
                 device=device,
                 stream=stream,
@@ -228,14 +228,14 @@ class CudaBackend:
 
     def segment_sum_backward(self, d_out: Tensor, cu_seqlens: Tensor, d_values: Tensor, *, mean: bool) -> None:
         """See :meth:`Backend.segment_sum_backward`."""
-        segments = _segments(cu_seqlens, d_values)
+        segments = segments_of(cu_seqlens, d_values)
         device, stream = _placed(d_out, cu_seqlens, d_values)
         with _on(device):
             _native().segment_sum_backward(
-                d_out=_vector("d_out", d_out, segments, torch.float32),
-                cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+                d_out=vector("d_out", d_out, segments, torch.float32),
+                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
                 segments=segments,
-                d_values=_vector("d_values", d_values, d_values.numel(), torch.float32),
+                d_values=vector("d_values", d_values, d_values.numel(), torch.float32),
                 mean=mean,
                 device=device,
                 stream=stream,
@@ -255,21 +255,21 @@ class CudaBackend:
         d_logp: Tensor | None,
     ) -> None:
         """See :meth:`Backend.slime_terms`."""
-        segments, tokens = _segments(cu_seqlens, logp), logp.numel()
+        segments, tokens = segments_of(cu_seqlens, logp), logp.numel()
         pairs = segments // 2
         outputs = (chosen_logps, rejected_logps, anchor, margin_loss, stabilizer)
         device, stream = _placed(logp, cu_seqlens, *outputs, d_logp)
         with _on(device):
             _native().slime_terms(
-                logp=_vector("logp", logp, tokens, torch.float32),
-                cu_seqlens=_vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
+                logp=vector("logp", logp, tokens, torch.float32),
+                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
                 pairs=pairs,
-                chosen_logps=_vector("chosen_logps", chosen_logps, pairs, torch.float32),
-                rejected_logps=_vector("rejected_logps", rejected_logps, pairs, torch.float32),
-                anchor=_vector("anchor", anchor, pairs, torch.float32),
-                margin_loss=_vector("margin_loss", margin_loss, pairs, torch.float32),
-                stabilizer=_vector("stabilizer", stabilizer, pairs, torch.float32),
-                d_logp=_vector("d_logp", d_logp, tokens, torch.float32),
+                chosen_logps=vector("chosen_logps", chosen_logps, pairs, torch.float32),
+                rejected_logps=vector("rejected_logps", rejected_logps, pairs, torch.float32),
+                anchor=vector("anchor", anchor, pairs, torch.float32),
+                margin_loss=vector("margin_loss", margin_loss, pairs, torch.float32),
+                stabilizer=vector("stabilizer", stabilizer, pairs, torch.float32),
+                d_logp=vector("d_logp", d_logp, tokens, torch.float32),
                 device=device,
                 stream=stream,
                 **vars(weights),
