@@ -1,6 +1,6 @@
 """The instrument itself: does the CUDA emulator catch the bugs it is there to catch, and pass correct kernels?
 
-Each kernel of ``cuda_emulator/planted_bugs.cu`` runs in a process of its own, in three builds. What a build misses
+Each kernel of ``cuda_emulator/planted_*.cu`` runs in a process of its own, in three builds. What a build misses
 is asserted too: it says which of the three a class of bugs needs.
 """
 
@@ -36,7 +36,9 @@ def run(programs: dict[str, Path], mode: Mode, case: str, schedule: str = "fixed
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("case", ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16"])
+@pytest.mark.parametrize(
+    "case", ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16", "cluster_sum"]
+)
 def test_correct_kernels_pass_everywhere(programs, case):
     for schedule in ("fixed", "reversed", "random:0", "random:1", "random:2"):
         assert run(programs, "plain", case, schedule) == (RIGHT, "")
@@ -45,10 +47,11 @@ def test_correct_kernels_pass_everywhere(programs, case):
 
 
 def planted_lines(report: str, count: int) -> list[str]:
-    """The first ``count`` lines of planted_bugs.cu that a sanitizer's report names."""
-    source = (Path(__file__).parent / "cuda_emulator" / "planted_bugs.cu").read_text().splitlines()
-    numbers = [int(number) for number in re.findall(r"planted_bugs\.cu:(\d+)", report)]
-    return [source[number - 1].strip() for number in dict.fromkeys(numbers)][:count]
+    """The first ``count`` lines with planted bugs that a sanitizer's report names."""
+    folder = Path(__file__).parent / "cuda_emulator"
+    places = re.findall(r"(planted_\w*bugs\.cu):(\d+)", report)
+    lines = {name: (folder / name).read_text().splitlines() for name, _ in places}
+    return [lines[name][int(number) - 1].strip() for name, number in dict.fromkeys(places)][:count]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,7 @@ def planted_lines(report: str, count: int) -> list[str]:
         ("missing_syncwarp", WRONG, "out[threadIdx.x] = shared[threadIdx.x ^ 1];"),
         ("shuffle_for_syncwarp", RIGHT, "out[threadIdx.x] = shared[threadIdx.x ^ 1] + zero;"),
         ("non_atomic_count", RIGHT, "*out += 1;"),
+        ("cluster_read_before_barrier", WRONG, "for (int r = 0; r < size; ++r) total += sums[r];"),
     ],
 )
 def test_races(programs, case, plain, line):
@@ -128,12 +132,39 @@ def test_dynamic_shared_memory_begins_as_nan(programs, mode):
         ("failed_assertion", r"thread \(50, 0, 0\) .*: assertion failed: threadIdx.x != 50"),
         ("trap", r"thread \(3, 0, 0\) of block \(1, 0, 0\): __trap\(\) \(planted_bugs.cu:\d+\)"),
         ("empty_grid", r"grid \(0, 1, 1\) is outside"),
+        ("shared_without_opting_in", r"65536 bytes of dynamic shared memory, the kernel opted in to 49152"),
+        (
+            "cluster_write_before_begin",
+            r"no barrier has told this thread that block 1 of the cluster has begun",
+        ),
+        (
+            "cluster_no_last_barrier",
+            r"thread \(31, .*: the block ends with no barrier after the last write",
+        ),
+        ("cluster_write_to_exited", r"block \(0, 0, 0\): .*: block 1 of the cluster has exited"),
+        ("cluster_write_beyond_cluster", r"distributed shared memory: block 2 of a cluster of 2"),
+        ("cluster_write_beyond_memory", r"the address is not in this block's dynamic shared memory"),
+        ("cluster_half_a_warp", r"thread \(16, .*: exited while lane 0 waits for it in a warp collective"),
+        (
+            "cluster_arrive_twice",
+            r"arrives at a barrier of the cluster twice without waiting \(planted_cl",
+        ),
+        ("cluster_wait_without_arriving", r"waits for a barrier of the cluster without having arrived"),
+        ("cluster_too_large", r"clusters of 9 blocks in a grid of 18: .* at most 8"),
+        ("cluster_does_not_divide_grid", r"clusters of 2 blocks in a grid of 3"),
     ],
 )
 def test_broken_rules_end_the_launch_and_name_the_thread(programs, mode, case, message):
     status, output = run(programs, mode, case)
     assert status == DEVICE_ERROR, output
     assert re.search(message, output), output
+
+
+def test_a_block_that_ends_too_early_is_named_in_any_order(programs):
+    """Whether it has ended before the write, or ends while the write may still be on its way."""
+    messages = {run(programs, "plain", "cluster_no_last_barrier", order) for order in ("fixed", "reversed")}
+    assert [status for status, _ in messages] == [DEVICE_ERROR] * 2
+    assert any("block 1 of the cluster has exited" in message for _, message in messages)
 
 
 def test_an_unknown_schedule_is_refused(programs):

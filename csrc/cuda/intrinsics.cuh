@@ -1,4 +1,4 @@
-// Instructions that have no name in C++, each with a plain fallback for the emulator.
+// Instructions that have no name in C++, each with its model for the emulator.
 //
 // Asynchronous copies need sm_80; clusters and distributed shared memory need sm_90, and compile to the
 // one-block case below it (the launcher never asks for a larger cluster there).
@@ -99,7 +99,9 @@ __device__ inline void copy_async_wait(int pending) {
 }
 
 __device__ inline int cluster_size() {
-#ifdef SF_HAS_CLUSTERS
+#if defined(SF_CUDA_EMULATOR)
+  return cuda_emulator::cluster_size();
+#elif defined(SF_HAS_CLUSTERS)
   unsigned size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return static_cast<int>(size);
@@ -109,7 +111,9 @@ __device__ inline int cluster_size() {
 }
 
 __device__ inline int cluster_rank() {
-#ifdef SF_HAS_CLUSTERS
+#if defined(SF_CUDA_EMULATOR)
+  return cuda_emulator::cluster_rank();
+#elif defined(SF_HAS_CLUSTERS)
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return static_cast<int>(rank);
@@ -120,20 +124,27 @@ __device__ inline int cluster_rank() {
 
 // The two halves of a barrier of the whole cluster. Writes before `arrive` are visible after `wait`.
 __device__ inline void cluster_arrive() {
-#ifdef SF_HAS_CLUSTERS
+#if defined(SF_CUDA_EMULATOR)
+  cuda_emulator::cluster_arrive(cuda_emulator::Site::current());
+#elif defined(SF_HAS_CLUSTERS)
   asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
 #endif
 }
 
 __device__ inline void cluster_wait() {
-#ifdef SF_HAS_CLUSTERS
+#if defined(SF_CUDA_EMULATOR)
+  cuda_emulator::cluster_wait(cuda_emulator::Site::current());
+#elif defined(SF_HAS_CLUSTERS)
   asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
 #endif
 }
 
 // Writes to the shared variable of block `rank` of this cluster that has the address of `mine` here.
 __device__ inline void store_to_block(float* mine, float value, int rank) {
-#ifdef SF_HAS_CLUSTERS
+#if defined(SF_CUDA_EMULATOR)
+  *static_cast<float*>(
+      cuda_emulator::shared_of_block(mine, sizeof(float), rank, cuda_emulator::Site::current())) = value;
+#elif defined(SF_HAS_CLUSTERS)
   const auto local = static_cast<unsigned>(__cvta_generic_to_shared(mine));
   asm volatile(
       "{\n\t.reg .b32 remote;\n\t"

@@ -38,16 +38,12 @@ inline constexpr int64_t kMaxBlocks = int64_t{1} << 30;
 
 // Throws with the kernel's name and sizes if the launch before it failed. Does not wait for the kernel.
 inline void check_launch(const char* kernel, int64_t rows, int64_t cols) {
-#ifndef SF_CUDA_EMULATOR
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("launch of CUDA kernel ") + kernel +
                              " (rows=" + std::to_string(rows) + ", cols=" + std::to_string(cols) +
                              ") failed: " + cudaGetErrorString(error));
   }
-#else
-  static_cast<void>(kernel), static_cast<void>(rows), static_cast<void>(cols);
-#endif
 }
 
 struct LaunchShape {
@@ -63,7 +59,6 @@ void launch_clustered(void (*kernel)(Params...), const LaunchShape& shape, cudaS
                       Args... args) {
   const auto grid = static_cast<unsigned>(shape.blocks);
   const auto block = static_cast<unsigned>(shape.threads);
-#ifndef SF_CUDA_EMULATOR
   // Above 48 KB a kernel must opt in, and so must a cluster of more than 8 blocks. Failures surface in
   // check_launch: the launch that follows reports them again.
   if (shape.smem_bytes > 48 * 1024) {
@@ -74,19 +69,11 @@ void launch_clustered(void (*kernel)(Params...), const LaunchShape& shape, cudaS
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid);
-    config.blockDim = dim3(block);
-    config.dynamicSmemBytes = static_cast<size_t>(shape.smem_bytes);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    const cudaLaunchConfig_t config{dim3(grid), dim3(block), static_cast<size_t>(shape.smem_bytes),
+                                    stream,     &attribute,  1};
     cudaLaunchKernelEx(&config, kernel, args...);
     return;
   }
-#else
-  if (shape.cluster > 1) throw std::runtime_error("the emulator runs clusters of one block only");
-#endif
   SF_LAUNCH(kernel, grid, block, static_cast<size_t>(shape.smem_bytes), stream, args...);
 }
 

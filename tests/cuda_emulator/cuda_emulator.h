@@ -10,8 +10,10 @@
 //   bounds, alignment      AddressSanitizer and UBSan see ordinary host memory
 //   races                  ThreadSanitizer sees one fiber per CUDA thread, ordered by barriers only
 //   uninitialised memory   dynamic shared memory begins as NaN in every block
+//   clusters               their blocks run together: barrier, distributed shared memory, launch limits
 // What it cannot check: timing, the accuracy of approximate instructions (modelled as exact), races between
-// blocks (they run one after another), weak memory ordering, inline PTX, tensor cores, clusters.
+// clusters (they run one after another), weak memory ordering, inline PTX, tensor cores. Static shared memory
+// is one variable for all blocks: a kernel that is launched in clusters keeps to dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -43,8 +45,8 @@
 #define __global__
 #define __device__
 #define __host__
-// Blocks run one at a time on one host thread, so one copy per kernel serves; thread_local would hide the
-// variable from AddressSanitizer.
+// Clusters run one at a time on one host thread, so one copy per kernel serves all but clusters of several
+// blocks; thread_local would hide the variable from AddressSanitizer.
 #define __shared__ static
 #define __constant__ static
 #define __launch_bounds__(...)
@@ -76,11 +78,27 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t, Arguments&&... arguments) {
   const std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
-  const LaunchShape shape{grid, block, shared_bytes, name};
+  const LaunchShape shape{grid, block, shared_bytes, name, 1, reinterpret_cast<const void*>(kernel)};
   run_grid(shape, [&] { std::apply(kernel, std::tuple<std::remove_cvref_t<Parameters>...>(values)); });
 }
 
 }  // namespace cuda_emulator
+
+// The runtime's C++ forms of these two, which <cuda_runtime.h> defines for nvcc.
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<std::remove_cvref_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  const auto shape = ::cuda_emulator::shape_of(*config, reinterpret_cast<const void*>(kernel));
+  ::cuda_emulator::run_grid(
+      shape, [&] { std::apply(kernel, std::tuple<std::remove_cvref_t<Parameters>...>(values)); });
+  return cudaSuccess;
+}
 
 #include "emulated_functions.h"
 #include "warp_functions.h"

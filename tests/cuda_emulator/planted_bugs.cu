@@ -5,11 +5,11 @@
 // own.
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <string>
 
 #include "cuda_emulator.h"
+#include "planted_bugs.h"
 
 namespace {
 
@@ -225,6 +225,9 @@ bool run_count_threads() {
   return count == 2 * kThreads;
 }
 
+// More dynamic shared memory than a kernel gets that did not ask for it.
+bool run_shared_without_opting_in() { return leaves_own_index(failed_assertion, 1, 64 * 1024); }
+
 bool run_votes_and_shuffles() {
   int out[kThreads];
   SF_LAUNCH(votes_and_shuffles, 1, kThreads, 0, nullptr, out);
@@ -263,7 +266,7 @@ bool run_uninitialised_dynamic_shared() {
 
 bool run_empty_grid() { return leaves_own_index(failed_assertion, 0, 0); }
 
-const std::map<std::string, bool (*)()> kCases = {
+const Cases kCases = {
     {"block_sum", run_repeated_block_sum<true>},
     {"syncwarp", [] { return leaves_neighbour(exchange_with_neighbour<true>, 1); }},
     {"atomic_count", run_count_threads<true>},
@@ -290,13 +293,16 @@ const std::map<std::string, bool (*)()> kCases = {
     {"failed_assertion", [] { return leaves_own_index(failed_assertion, 1, 0); }},
     {"trap", [] { return leaves_own_index(trapped, 2, 0); }},
     {"empty_grid", run_empty_grid},
+    {"shared_without_opting_in", run_shared_without_opting_in},
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto found = argc == 2 ? kCases.find(argv[1]) : kCases.end();
-  if (found == kCases.end()) {
+  Cases cases = cluster_cases();
+  cases.insert(kCases.begin(), kCases.end());
+  const auto found = argc == 2 ? cases.find(argv[1]) : cases.end();
+  if (found == cases.end()) {
     std::printf("usage: planted_bugs NAME\n");
     return 64;
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <new>
 #include <string>
 
@@ -17,7 +18,10 @@ constexpr uint64_t kMaxThreads = 1024;
 constexpr unsigned kMaxBlockZ = 64;
 constexpr unsigned kMaxGridX = 0x7fffffffu;
 constexpr unsigned kMaxGridYZ = 65535;
-constexpr size_t kMaxSharedBytes = 227 * 1024;  // the opt-in limit of one block
+constexpr size_t kMaxSharedBytes = 227 * 1024;       // the limit of one block
+constexpr size_t kSharedBytesByDefault = 48 * 1024;  // what a kernel may use that did not opt in
+constexpr unsigned kMaxCluster = 16;
+constexpr unsigned kMaxPortableCluster = 8;
 constexpr size_t kSharedAlignment = 1024;
 constexpr unsigned char kFill = 0xFF;
 #ifdef CUDA_EMULATOR_ASAN
@@ -30,7 +34,33 @@ std::string to_string(const dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
+// What cudaFuncSetAttribute has set, by kernel.
+struct KernelAttributes {
+  size_t shared_bytes = kSharedBytesByDefault;
+  bool allows_large_cluster = false;
+};
+
+std::map<const void*, KernelAttributes>& kernel_attributes() {
+  static std::map<const void*, KernelAttributes> attributes;
+  return attributes;
+}
+
 }  // namespace
+
+LaunchShape shape_of(const cudaLaunchConfig_t& config, const void* kernel) {
+  LaunchShape shape{config.gridDim, config.blockDim, config.dynamicSmemBytes, "cudaLaunchKernelEx", 1,
+                    kernel};
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != cudaLaunchAttributeClusterDimension) {
+      throw DeviceError("cudaLaunchKernelEx: unknown attribute " + std::to_string(attribute.id));
+    }
+    const auto& dims = attribute.val.clusterDim;
+    if (dims.y != 1 || dims.z != 1) throw DeviceError("cudaLaunchKernelEx: clusters lie along x here");
+    shape.cluster = dims.x;
+  }
+  return shape;
+}
 
 void check_launch(const LaunchShape& shape) {
   const dim3 grid = shape.grid, block = shape.block;
@@ -48,6 +78,16 @@ void check_launch(const LaunchShape& shape) {
   if (shape.dynamic_shared_bytes > kMaxSharedBytes) {
     refuse(std::to_string(shape.dynamic_shared_bytes) + " bytes of dynamic shared memory, the limit is " +
            std::to_string(kMaxSharedBytes));
+  }
+  const KernelAttributes allowed = kernel_attributes()[shape.kernel];
+  if (shape.dynamic_shared_bytes > allowed.shared_bytes) {
+    refuse(std::to_string(shape.dynamic_shared_bytes) +
+           " bytes of dynamic shared memory, the kernel opted in to " + std::to_string(allowed.shared_bytes));
+  }
+  const unsigned limit = allowed.allows_large_cluster ? kMaxCluster : kMaxPortableCluster;
+  if (shape.cluster == 0 || shape.cluster > limit || grid.x % shape.cluster != 0) {
+    refuse("clusters of " + std::to_string(shape.cluster) + " blocks in a grid of " + std::to_string(grid.x) +
+           ": the size must divide the grid and be at most " + std::to_string(limit));
   }
 }
 
@@ -79,6 +119,23 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  auto& attributes = cuda_emulator::kernel_attributes()[kernel];
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || static_cast<size_t>(value) > cuda_emulator::kMaxSharedBytes) {
+      throw cuda_emulator::DeviceError("cudaFuncSetAttribute: " + std::to_string(value) +
+                                       " bytes of dynamic shared memory, the limit is " +
+                                       std::to_string(cuda_emulator::kMaxSharedBytes));
+    }
+    attributes.shared_bytes = static_cast<size_t>(value);
+  } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    attributes.allows_large_cluster = value != 0;
+  } else {
+    throw cuda_emulator::DeviceError("cudaFuncSetAttribute: unknown attribute " + std::to_string(attribute));
+  }
   return cudaSuccess;
 }
 

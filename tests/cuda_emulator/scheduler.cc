@@ -4,7 +4,9 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
+#include <utility>
 
 #include "block_state.h"
 #include "runtime_state.h"
@@ -39,27 +41,39 @@ Schedule& current_schedule() {
   return schedule;
 }
 
+// What keeps a thread of these blocks from going on; "" if none waits.
 std::string describe_waiting(const BlockState& block) {
-  for (const Warp& warp : block.warps) {
+  for (int index = 0; index < static_cast<int>(block.warps.size()); ++index) {
+    const Warp& warp = block.warps[index];
     if (warp.collecting != 0) {
       const int lane = std::countr_zero(warp.collecting);
-      const int index = static_cast<int>(&warp - block.warps.data());
-      return describe(thread_at(index, lane)) + " waits in a warp collective at " +
+      return describe(thread_at(block, index, lane)) + " waits in a warp collective at " +
              describe(warp.slots[lane].site);
     }
   }
-  for (const Warp& warp : block.warps) {
-    if (warp.at_barrier != 0) {
-      const Thread& thread =
-          thread_at(static_cast<int>(&warp - block.warps.data()), std::countr_zero(warp.at_barrier));
-      return describe(thread) + " waits at __syncthreads at " + describe(thread.barrier_site);
+  for (int index = 0; index < static_cast<int>(block.warps.size()); ++index) {
+    const uint32_t waiting = block.warps[index].at_barrier | block.warps[index].at_cluster;
+    if (waiting != 0) {
+      const Thread& thread = thread_at(block, index, std::countr_zero(waiting));
+      return describe(thread) + " waits at " +
+             (block.warps[index].at_barrier != 0 ? "__syncthreads" : "a barrier of the cluster") + " at " +
+             describe(thread.barrier_site);
     }
+  }
+  return "";
+}
+
+std::string describe_waiting(const LaunchState& launch) {
+  for (const BlockState& block : launch.blocks) {
+    const std::string found = describe_waiting(block);
+    if (!found.empty()) return found;
   }
   return "no thread waits";
 }
 
 // Marks a thread that returned from its kernel. True if others wait for it in vain.
-bool leave_block(BlockState& block, const Thread& self) {
+bool leave_block(Thread& self) {
+  BlockState& block = *self.block;
   Warp& warp = block.warps[self.warp];
   warp.exited |= 1u << self.lane;
   --block.live;
@@ -75,19 +89,19 @@ bool leave_block(BlockState& block, const Thread& self) {
       return true;
     }
   }
-  return false;
+  return !leave_cluster(self);
 }
 
 // Every fiber lives here for good: it runs the body once per block and hands over after each.
 void fiber_entry() {
-  BlockState& block = block_state();
-  finish_first_switch(block.current->fiber.context, block.scheduler);
+  LaunchState& launch = launch_state();
+  finish_first_switch(launch.current->fiber.context, launch.scheduler);
   for (;;) {
-    Thread& self = *block.current;
-    tsan_acquire(&block.begin_token);
+    Thread& self = *launch.current;
+    tsan_acquire(&launch.begin_token);
     std::string exception;
     try {
-      (*block.body)();
+      (*launch.body)();
     } catch (const std::exception& error) {
       exception = std::string("exception in device code: ") + error.what();
     }
@@ -97,32 +111,35 @@ void fiber_entry() {
       exception = std::string();
       abandon_block();
     }
-    tsan_release(&block.end_token);
+    tsan_release(&launch.end_token);
 
-    if (leave_block(block, self)) abandon_block();
-    switch_context(self.fiber.context, block.scheduler);
+    if (leave_block(self)) abandon_block();
+    switch_context(self.fiber.context, launch.scheduler);
   }
 }
 
-void run_thread(BlockState& block, int warp, int lane) {
+void run_thread(LaunchState& launch, BlockState& block, int warp, int lane) {
   block.warps[warp].ready &= ~(1u << lane);
-  Thread& thread = thread_at(warp, lane);
-  block.current = &thread;
-  switch_context(block.scheduler, thread.fiber.context);
+  Thread& thread = thread_at(block, warp, lane);
+  launch.current = &thread;
+  switch_context(launch.scheduler, thread.fiber.context);
 }
 
 // One visit to every warp, and in it to every lane that is ready.
-bool run_pass_in_order(BlockState& block, bool reversed) {
+bool run_pass_in_order(LaunchState& launch, bool reversed) {
   bool progressed = false;
-  const int warps = static_cast<int>(block.warps.size());
-  for (int i = 0; i < warps && !block.failed; ++i) {
-    const int warp = reversed ? warps - 1 - i : i;
+  const int warps = static_cast<int>(launch.blocks[0].warps.size());
+  const int total = warps * static_cast<int>(launch.blocks.size());
+  for (int i = 0; i < total && !launch.failed; ++i) {
+    const int place = reversed ? total - 1 - i : i;
+    BlockState& block = launch.blocks[place / warps];
+    const int warp = place % warps;
     uint32_t lanes = block.warps[warp].ready;
-    while (lanes != 0 && !block.failed) {
+    while (lanes != 0 && !launch.failed) {
       const int lane = reversed ? kWarpSize - 1 - std::countl_zero(lanes) : std::countr_zero(lanes);
       lanes &= ~(1u << lane);
       progressed = true;
-      run_thread(block, warp, lane);
+      run_thread(launch, block, warp, lane);
     }
   }
   return progressed;
@@ -134,95 +151,126 @@ int random_set_bit(uint32_t bits, std::mt19937_64& generator) {
 }
 
 // Half of the passes favour one warp until it can go no further; the others step through single threads.
-bool run_pass_at_random(BlockState& block, std::mt19937_64& generator) {
-  std::vector<int> candidates;
-  for (size_t warp = 0; warp < block.warps.size(); ++warp) {
-    if (block.warps[warp].ready != 0) candidates.push_back(static_cast<int>(warp));
+bool run_pass_at_random(LaunchState& launch, std::mt19937_64& generator) {
+  std::vector<std::pair<BlockState*, int>> candidates;
+  for (BlockState& block : launch.blocks) {
+    for (size_t warp = 0; warp < block.warps.size(); ++warp) {
+      if (block.warps[warp].ready != 0) candidates.emplace_back(&block, static_cast<int>(warp));
+    }
   }
   if (candidates.empty()) return false;
-  const int warp = candidates[generator() % candidates.size()];
+  const auto [block, warp] = candidates[generator() % candidates.size()];
   const bool run_ahead = generator() % 2 == 0;
   do {
-    run_thread(block, warp, random_set_bit(block.warps[warp].ready, generator));
-  } while (run_ahead && block.warps[warp].ready != 0 && !block.failed);
+    run_thread(launch, *block, warp, random_set_bit(block->warps[warp].ready, generator));
+  } while (run_ahead && block->warps[warp].ready != 0 && !launch.failed);
   return true;
 }
 
-void reset_all_fibers(BlockState& block) {
+void reset_all_fibers(LaunchState& launch) {
   // ThreadSanitizer keeps a call stack per fiber that an abandoned one never unwinds: start with new ones,
   // and with all that the old ones did behind us.
-  for (const auto& thread : block.threads) tsan_acquire(&thread->abandon_token);
-  block.threads.clear();
+  for (const auto& thread : launch.threads) tsan_acquire(&thread->abandon_token);
+  launch.threads.clear();
 }
 
-void prepare_threads(BlockState& block) {
-  const dim3 dims = block.shape.block;
-  block.thread_count = static_cast<int>(dims.x * dims.y * dims.z);
-  while (static_cast<int>(block.threads.size()) < block.thread_count) {
+// Fibers for one cluster, and what is the same for every cluster of the launch.
+void prepare_cluster(LaunchState& launch) {
+  const dim3 dims = launch.shape.block;
+  launch.block_threads = static_cast<int>(dims.x * dims.y * dims.z);
+  launch.blocks.resize(launch.shape.cluster);
+  const size_t total = launch.blocks.size() * static_cast<size_t>(launch.block_threads);
+  while (launch.threads.size() < total) {
     auto thread = std::make_unique<Thread>();
-    const int id = static_cast<int>(block.threads.size());
-    thread->warp = id / kWarpSize;
-    thread->lane = id % kWarpSize;
     thread->fiber.reset(fiber_entry);
-    block.threads.push_back(std::move(thread));
+    launch.threads.push_back(std::move(thread));
   }
-  for (int id = 0; id < block.thread_count; ++id) {
+  for (size_t place = 0; place < total; ++place) {
+    Thread& thread = *launch.threads[place];
+    const auto rank = static_cast<int>(place) / launch.block_threads;
+    const auto id = static_cast<int>(place) % launch.block_threads;
     const auto n = static_cast<unsigned>(id);
-    block.threads[id]->index = uint3{n % dims.x, n / dims.x % dims.y, n / dims.x / dims.y};
+    BlockState& block = launch.blocks[rank];
+    block.rank = rank;
+    block.first_thread = rank * launch.block_threads;
+    thread.block = &block;
+    thread.warp = id / kWarpSize;
+    thread.lane = id % kWarpSize;
+    thread.index = uint3{n % dims.x, n / dims.x % dims.y, n / dims.x / dims.y};
   }
 }
 
-void run_block(BlockState& block) {
-  const int warps = (block.thread_count + kWarpSize - 1) / kWarpSize;
+void begin_block(BlockState& block, int threads) {
+  const int warps = (threads + kWarpSize - 1) / kWarpSize;
   block.warps.resize(warps);
   for (int warp = 0; warp < warps; ++warp) {
-    const int lanes = std::min(kWarpSize, block.thread_count - warp * kWarpSize);
+    const int lanes = std::min(kWarpSize, threads - warp * kWarpSize);
     Warp& state = block.warps[warp];
     state.present = state.ready = lanes == kWarpSize ? ~0u : (1u << lanes) - 1;
-    state.exited = state.at_barrier = state.collecting = 0;
+    state.exited = state.at_barrier = state.at_cluster = state.collecting = 0;
   }
-  block.live = block.thread_count;
+  block.live = threads;
   block.arrived = block.predicate_count = 0;
+  block.was_written = false;
+}
 
-  tsan_release(&block.begin_token);
+// Runs the blocks of one cluster together.
+void run_cluster(LaunchState& launch) {
+  for (BlockState& block : launch.blocks) begin_block(block, launch.block_threads);
+  for (const auto& thread : launch.threads) thread->arrived_at_cluster = thread->knows_cluster = false;
+  launch.arrived_at_cluster = 0;
+  const auto is_live = [](const BlockState& block) { return block.live > 0; };
+
+  tsan_release(&launch.begin_token);
   Schedule& schedule = current_schedule();
-  while (block.live > 0 && !block.failed) {
+  while (std::ranges::any_of(launch.blocks, is_live) && !launch.failed) {
     const bool progressed = schedule.order == Order::random
-                                ? run_pass_at_random(block, schedule.generator)
-                                : run_pass_in_order(block, schedule.order == Order::reversed);
+                                ? run_pass_at_random(launch, schedule.generator)
+                                : run_pass_in_order(launch, schedule.order == Order::reversed);
     if (!progressed) {
-      block.failed = true;
-      block.failure = "deadlock: " + describe_waiting(block);
+      launch.failed = true;
+      launch.failure = "deadlock: " + describe_waiting(launch);
     }
   }
-  tsan_acquire(&block.end_token);
+  tsan_acquire(&launch.end_token);
+}
+
+void fail(LaunchState& launch) {
+  reset_all_fibers(launch);
+  throw DeviceError(std::string(launch.shape.name) + ": " + launch.failure);
 }
 
 }  // namespace
 
-BlockState& block_state() {
-  static BlockState state;
+LaunchState& launch_state() {
+  static LaunchState state;
   return state;
 }
+
+BlockState& current_block() { return *launch_state().current->block; }
 
 void set_schedule(Order order, uint64_t seed) {
   current_schedule().order = order;
   current_schedule().generator.seed(seed);
 }
 
-uint3 thread_index() { return block_state().current->index; }
-uint3 block_index() { return block_state().block_index; }
-dim3 block_dim() { return block_state().shape.block; }
-dim3 grid_dim() { return block_state().shape.grid; }
-void* dynamic_shared_memory() { return block_state().dynamic_shared; }
+uint3 thread_index() { return launch_state().current->index; }
+uint3 block_index() { return current_block().index; }
+dim3 block_dim() { return launch_state().shape.block; }
+dim3 grid_dim() { return launch_state().shape.grid; }
+int cluster_rank() { return current_block().rank; }
+int cluster_size() { return static_cast<int>(launch_state().shape.cluster); }
+void* dynamic_shared_memory() { return current_block().dynamic_shared; }
 
-Thread& thread_at(int warp, int lane) { return *block_state().threads[warp * kWarpSize + lane]; }
+Thread& thread_at(const BlockState& block, int warp, int lane) {
+  return *launch_state().threads[block.first_thread + warp * kWarpSize + lane];
+}
 
 std::string describe(const Thread& thread) {
   const auto triple = [](unsigned x, unsigned y, unsigned z) {
     return "(" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
   };
-  const uint3 b = block_state().block_index;
+  const uint3 b = thread.block->index;
   return "thread " + triple(thread.index.x, thread.index.y, thread.index.z) + " of block " +
          triple(b.x, b.y, b.z);
 }
@@ -234,7 +282,7 @@ std::string describe(const Site& site) {
 
 void park(Thread& thread) {
   tsan_release(&thread.abandon_token);
-  switch_context(thread.fiber.context, block_state().scheduler);
+  switch_context(thread.fiber.context, launch_state().scheduler);
 }
 
 void record_failure(const std::string& what, const Site& site) {
@@ -242,65 +290,14 @@ void record_failure(const std::string& what, const Site& site) {
 }
 
 void record_failure(const std::string& what) {
-  BlockState& block = block_state();
-  block.failed = true;
-  block.failure = describe(*block.current) + ": " + what;
+  LaunchState& launch = launch_state();
+  launch.failed = true;
+  launch.failure = describe(*launch.current) + ": " + what;
 }
 
 void abandon_block() {
-  park(*block_state().current);
-  std::abort();  // the scheduler never resumes a fiber of a failed block
-}
-
-// Whether a thread may join the barrier at which others wait already; records the failure where not.
-static bool matches_waiting_threads(const BlockState& block, BarrierKind kind, const Site& site) {
-  for (size_t warp = 0; warp < block.warps.size(); ++warp) {
-    if (block.warps[warp].at_barrier == 0) continue;
-    const Thread& first = thread_at(static_cast<int>(warp), std::countr_zero(block.warps[warp].at_barrier));
-    const bool same_site = first.barrier_site.line() == site.line() &&
-                           std::strcmp(first.barrier_site.file_name(), site.file_name()) == 0;
-    if (same_site && kind == block.barrier_kind) return true;
-    record_failure(
-        "at another __syncthreads than " + describe(first) + ", which is at " + describe(first.barrier_site),
-        site);
-    return false;
-  }
-  return true;
-}
-
-int block_barrier(BarrierKind kind, int predicate, const Site& site) {
-  BlockState& block = block_state();
-  Thread& self = *block.current;
-  Warp& warp = block.warps[self.warp];
-  if (block.live != block.thread_count) {
-    record_failure("at __syncthreads, which other threads exited without", site);
-    abandon_block();
-  }
-  if (block.arrived > 0 && !matches_waiting_threads(block, kind, site)) abandon_block();
-  block.barrier_kind = kind;
-  self.barrier_site = site;
-  block.predicate_count += predicate != 0;
-  char* token = &block.barrier_tokens[block.barrier_generation % 2];
-  tsan_release(token);
-  if (++block.arrived < block.thread_count) {
-    warp.at_barrier |= 1u << self.lane;
-    park(self);
-  } else {
-    block.barrier_result = kind == BarrierKind::any   ? block.predicate_count > 0
-                           : kind == BarrierKind::all ? block.predicate_count == block.thread_count
-                                                      : block.predicate_count;
-    for (Warp& other : block.warps) {
-      other.ready |= other.at_barrier;
-      other.at_barrier = 0;
-    }
-    block.arrived = block.predicate_count = 0;
-    ++block.barrier_generation;
-    // The last to arrive yields too; otherwise it would always be the first to pass.
-    warp.ready |= 1u << self.lane;
-    park(self);
-  }
-  tsan_acquire(token);
-  return block.barrier_result;
+  park(*launch_state().current);
+  std::abort();  // the scheduler never resumes a fiber of a failed launch
 }
 
 void run_grid(const LaunchShape& shape, const std::function<void()>& body) {
@@ -308,29 +305,31 @@ void run_grid(const LaunchShape& shape, const std::function<void()>& body) {
   const std::lock_guard lock(one_launch_at_a_time);
   check_launch(shape);
 
-  BlockState& block = block_state();
-  block.shape = shape;
-  block.body = &body;
-  block.failed = false;
-  adopt_current_stack(block.scheduler);
-  prepare_threads(block);
+  LaunchState& launch = launch_state();
+  launch.shape = shape;
+  launch.body = &body;
+  launch.failed = false;
+  adopt_current_stack(launch.scheduler);
+  prepare_cluster(launch);
 
-  DynamicSharedMemory memory(shape.dynamic_shared_bytes);
-  block.dynamic_shared = memory.data();
+  std::deque<DynamicSharedMemory> memories;
+  for (BlockState& block : launch.blocks) {
+    block.dynamic_shared = memories.emplace_back(shape.dynamic_shared_bytes).data();
+  }
   for (unsigned z = 0; z < shape.grid.z; ++z) {
     for (unsigned y = 0; y < shape.grid.y; ++y) {
-      for (unsigned x = 0; x < shape.grid.x; ++x) {
-        block.block_index = uint3{x, y, z};
-        memory.fill();
-        run_block(block);
-        if (!block.failed && !memory.intact()) {
-          block.failed = true;
-          block.failure = "a thread of block (" + std::to_string(x) + ", " + std::to_string(y) + ", " +
-                          std::to_string(z) + ") wrote past the end of dynamic shared memory";
+      for (unsigned x = 0; x < shape.grid.x; x += shape.cluster) {
+        for (BlockState& block : launch.blocks) {
+          block.index = uint3{x + static_cast<unsigned>(block.rank), y, z};
+          memories[block.rank].fill();
         }
-        if (block.failed) {
-          reset_all_fibers(block);
-          throw DeviceError(std::string(shape.name) + ": " + block.failure);
+        run_cluster(launch);
+        if (launch.failed) fail(launch);
+        for (const BlockState& block : launch.blocks) {
+          if (memories[block.rank].intact()) continue;
+          launch.failure = "a thread of block (" + std::to_string(block.index.x) + ", " + std::to_string(y) +
+                           ", " + std::to_string(z) + ") wrote past the end of dynamic shared memory";
+          fail(launch);
         }
       }
     }

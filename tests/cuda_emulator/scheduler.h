@@ -1,5 +1,5 @@
-// Runs the threads of one CUDA block as fibers on one host thread, and the blocks of a grid one after
-// another.
+// Runs the threads of one CUDA block, or of all blocks of one cluster, as fibers on one host thread; the
+// clusters of a grid run one after another.
 //
 // A fiber runs until it parks: at a block barrier until every thread of the block is there, at a warp
 // collective until every lane of its mask is there. What a GPU would answer with a hang or with silent
@@ -38,6 +38,8 @@ void set_schedule(Order order, uint64_t seed);
 [[gnu::const]] uint3 block_index();
 [[gnu::const]] dim3 block_dim();
 [[gnu::const]] dim3 grid_dim();
+[[gnu::const]] int cluster_rank();
+[[gnu::const]] int cluster_size();
 
 // The block's dynamic shared memory: 0xFF bytes (NaN in every float format) when the block begins.
 void* dynamic_shared_memory();
@@ -45,8 +47,17 @@ void* dynamic_shared_memory();
 enum class BarrierKind { plain, any, all, count };
 int block_barrier(BarrierKind kind, int predicate, const Site& site);
 
+// The two halves of a barrier of the cluster; threads that exited are not waited for.
+void cluster_arrive(const Site& site);
+void cluster_wait(const Site& site);
+
+// Where the variable of `bytes` bytes at `mine`, in this block's dynamic shared memory, lies in that of block
+// `rank` of the cluster. It may be used only while that block runs.
+void* shared_of_block(void* mine, size_t bytes, int rank, const Site& site);
+
 enum class WarpOp {
   sync,
+  align,  // lanes meet, and no memory is ordered
   shuffle_index,
   shuffle_up,
   shuffle_down,
@@ -83,7 +94,12 @@ struct LaunchShape {
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
   const char* name = "";
+  unsigned cluster = 1;          // blocks along x
+  const void* kernel = nullptr;  // whose attributes (cudaFuncSetAttribute) apply
 };
+
+// What a cudaLaunchKernelEx asks for. Throws DeviceError for an attribute that the emulator does not know.
+LaunchShape shape_of(const cudaLaunchConfig_t& config, const void* kernel);
 
 // Runs body() once per thread. Throws DeviceError where a kernel breaks a rule, and where a GPU of compute
 // capability 9.0 would refuse the launch.

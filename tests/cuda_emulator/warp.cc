@@ -12,6 +12,8 @@ const char* name_of(WarpOp op) {
   switch (op) {
     case WarpOp::sync:
       return "__syncwarp";
+    case WarpOp::align:
+      return "a barrier of the cluster";
     case WarpOp::shuffle_index:
       return "__shfl_sync";
     case WarpOp::shuffle_up:
@@ -83,7 +85,7 @@ void compute_shuffle(Warp& warp, uint32_t mask, const Site& site) {
 
 void compute_same_for_all(Warp& warp, WarpOp op, uint32_t mask) {
   uint64_t result = 0;
-  if (op == WarpOp::sync || op == WarpOp::ballot) {
+  if (op == WarpOp::sync || op == WarpOp::align || op == WarpOp::ballot) {
     for (uint32_t lanes = mask; lanes != 0; lanes &= lanes - 1) {
       const int lane = std::countr_zero(lanes);
       if (warp.slots[lane].value != 0) result |= uint64_t{1} << lane;
@@ -139,9 +141,9 @@ bool check_mask(const Thread& self, const Warp& warp, WarpOp op, uint32_t mask, 
   if (const uint32_t gone = mask & warp.exited) {
     return fail(": lane " + std::to_string(std::countr_zero(gone)) + " of the mask has exited");
   }
-  if (const uint32_t parked = mask & warp.at_barrier) {
-    const Thread& other = thread_at(self.warp, std::countr_zero(parked));
-    return fail(": the mask names " + describe(other) + ", which waits at __syncthreads at " +
+  if (const uint32_t parked = mask & (warp.at_barrier | warp.at_cluster)) {
+    const Thread& other = thread_at(*self.block, self.warp, std::countr_zero(parked));
+    return fail(": the mask names " + describe(other) + ", which waits at a barrier at " +
                 describe(other.barrier_site));
   }
   for (uint32_t lanes = mask & warp.collecting; lanes != 0; lanes &= lanes - 1) {
@@ -157,16 +159,14 @@ bool check_mask(const Thread& self, const Warp& warp, WarpOp op, uint32_t mask, 
 }  // namespace
 
 uint32_t live_lanes() {
-  const BlockState& block = block_state();
-  const Warp& warp = block.warps[block.current->warp];
+  const Warp& warp = current_block().warps[launch_state().current->warp];
   return warp.present & ~warp.exited;
 }
 
 uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int parameter, int width,
                          const Site& site) {
-  BlockState& block = block_state();
-  Thread& self = *block.current;
-  Warp& warp = block.warps[self.warp];
+  Thread& self = *launch_state().current;
+  Warp& warp = self.block->warps[self.warp];
   const uint32_t own_bit = 1u << self.lane;
   if (!check_mask(self, warp, op, mask, site)) abandon_block();
 
