@@ -46,6 +46,8 @@ TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma", "gfx942": "v_mfma", "
 REGISTERS = 65536
 MAX_STACK = 16
 """Bytes per thread: the compiler keeps one or two values there in an epilogue; spilled loops take hundreds."""
+MAX_EPILOGUE_STACK = 96
+"""The fused head with every feature (80 on sm_100): its epilogue runs once per tile of 2 x 128 x 256 x D FLOP."""
 
 POINTERS = {
     "labels": "*i64",
@@ -53,9 +55,9 @@ POINTERS = {
     **dict.fromkeys(
         (
             "lse_out", "logp_out", "loss_out", "row_max_out", "row_sum_out", "label_logit_out", "logit_sum_out",
-            "lse_in", "logp_in", "row_scale", "partial_max", "partial_sum", "label_logit", "row_max", "row_sum",
-            "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out", "stabilizer_out", "d_logp",
-            "d_out", "d_values", "factor",
+            "lse_in", "logp_in", "row_scale", "partial_max", "partial_sum", "partial_logit_sum", "label_logit",
+            "row_max", "row_sum", "logit_sum", "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out",
+            "stabilizer_out", "d_logp", "d_out", "d_values", "factor",
         ),
         "*fp32",
     ),
@@ -112,11 +114,11 @@ def register_use(compiled, arch):
     return int(registers), int(stack)
 
 
-def assert_fits(compiled, arch, num_warps):
+def assert_fits(compiled, arch, num_warps, max_stack=MAX_STACK):
     registers, stack = register_use(compiled, arch)
     assert compiled.metadata.shared <= SHARED_MEMORY[arch]
     assert registers * 32 * num_warps <= REGISTERS
-    assert stack <= (0 if isinstance(arch, str) else MAX_STACK)
+    assert stack <= (0 if isinstance(arch, str) else max_stack)
 
 
 def row_kernels():
@@ -153,7 +155,7 @@ def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
     family = configs.target_family(make_target(arch).backend, arch)
     config = configs.linear_config(family, 2, can_use_descriptors=is_aligned)
     compiled = compile_linear(config, arch, "bf16", features=features)
-    assert_fits(compiled, arch, config.num_warps)
+    assert_fits(compiled, arch, config.num_warps, MAX_EPILOGUE_STACK if features else MAX_STACK)
     assembly = compiled.asm["amdgcn" if isinstance(arch, str) else "ptx"]
     assert TENSOR_CORES.get(arch, "mma.sync") in assembly
     assert ("cp.async.bulk.tensor" in assembly) == config.uses_descriptors
@@ -181,6 +183,7 @@ def compile_linear(config, arch, dtype, *, features):
     constants = {
         "HAS_BIAS": features,
         "HAS_SOFTCAP": features,
+        "HAS_LOGIT_SUM": features,
         "DESCRIPTORS": config.uses_descriptors,
         "EVEN_D": not features,
         "BLOCK_M": config.block_m,

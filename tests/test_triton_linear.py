@@ -25,9 +25,13 @@ TILE = LinearConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
 
 
 def make_problem(rows, cols, depth, dtype, *, has_bias):
+    """Operands whose 16-bit products float32 holds exactly, in any order of summation: they round in one way."""
     torch.manual_seed(rows + cols + depth)
-    hidden = torch.randn(rows, depth, device=DEVICE).to(dtype)
-    weight = torch.randn(cols, depth, device=DEVICE).mul(2 / depth**0.5).to(dtype)
+    hidden = torch.randn(rows, depth, device=DEVICE)
+    weight = torch.randn(cols, depth, device=DEVICE).mul(2 / depth**0.5)
+    if dtype != torch.float32:
+        hidden, weight = hidden.mul(16).round().div(16), weight.mul(16).round().div(16)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     labels = torch.randint(0, cols, (rows,), device=DEVICE)
     labels[0], labels[1], labels[2] = 0, cols - 1, -100
     bias = torch.randn(cols, device=DEVICE).to(dtype) if has_bias else None
@@ -35,10 +39,10 @@ def make_problem(rows, cols, depth, dtype, *, has_bias):
 
 
 def exact_stats(hidden, weight, labels, bias, head, col_offset=0):
-    """(max, sum, label logit) in float64."""
-    out = [torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device) for _ in range(3)]
+    """(max, sum, label logit, sum of logits) in float64, of products rounded as stored ones are."""
+    out = [torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device) for _ in range(4)]
     TorchBackend().logits_stats(
-        hidden.double() @ weight.double().T,
+        (hidden.double() @ weight.double().T).to(hidden.dtype).double(),
         labels,
         None if bias is None else bias.double(),
         head,
@@ -46,24 +50,24 @@ def exact_stats(hidden, weight, labels, bias, head, col_offset=0):
         row_max=out[0],
         row_sum=out[1],
         label_logit=out[2],
-        logit_sum=None,
+        logit_sum=out[3],
         merge=False,
     )
     return out
 
 
-def run_tile(hidden, weight, labels, bias, head, config, col_offset=0):
-    out = [torch.full((hidden.shape[0],), 7.0, device=hidden.device) for _ in range(3)]
+def run_tile(hidden, weight, labels, bias, head, config, col_offset=0, *, logit_sum=True):
+    out = [torch.full((hidden.shape[0],), 7.0, device=hidden.device) for _ in range(3 + logit_sum)]
     shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
-    partial_max, partial_sum = torch.full((2, *shape), torch.nan, device=hidden.device)
+    partials = torch.full((2 + logit_sum, *shape), torch.nan, device=hidden.device)
     kernels.linear_stats(
         hidden,
         weight,
         labels,
         bias,
-        *out,
-        partial_max,
-        partial_sum,
+        *out[:3],
+        out[3] if logit_sum else None,
+        partials,
         scale=head.scale,
         softcap=head.softcap,
         col_offset=col_offset,
@@ -73,11 +77,13 @@ def run_tile(hidden, weight, labels, bias, head, config, col_offset=0):
 
 
 def assert_stats_match(actual, exact, depth):
-    """float32 sums of `depth` products: compare what is used, the log-sum-exp and the log-probability."""
-    row_max, row_sum, label_logit = (x.double() for x in actual)
+    """float32 sums of `depth` products: compare what is used, the log-sum-exp, the label's logit and the sum."""
+    row_max, row_sum, label_logit, *logit_sum = (x.double() for x in actual)
     floor = 1e-6 * depth**0.5 + 1e-6
     torch.testing.assert_close(row_max + row_sum.log(), exact[0] + exact[1].log(), atol=floor, rtol=1e-6)
     torch.testing.assert_close(label_logit, exact[2], atol=floor, rtol=1e-6)
+    if logit_sum:
+        torch.testing.assert_close(logit_sum[0], exact[3], atol=30 * floor, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,6 +113,12 @@ def test_rows_that_descriptors_cannot_address_take_the_other_path(depth, uses_de
     assert_stats_match(actual, exact_stats(hidden, weight, labels, None, HeadTransform()), depth)
 
 
+def test_the_sum_of_logits_changes_nothing_else():
+    problem = make_problem(41, 75, 40, torch.bfloat16, has_bias=True)
+    with_sum, without = (run_tile(*problem, HeadTransform(), TILE, logit_sum=on) for on in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(with_sum[:3], without, strict=True))
+
+
 def test_shards_of_the_vocabulary():
     """Each shard's own statistics; a label of another shard counts 0 there."""
     hidden, weight, labels, _ = make_problem(20, 90, 32, torch.float32, has_bias=False)
@@ -123,12 +135,27 @@ def test_the_same_inputs_give_the_same_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backend_method(dtype):
-    """The shipped tile sizes, through the backend; and no rows."""
+    """The shipped tile sizes, through the backend, with and without the sum of logits; and no rows."""
     hidden, weight, labels, bias = make_problem(70, 300, 50, dtype, has_bias=True)
     head = HeadTransform(softcap=10.0)
     names = ("row_max", "row_sum", "label_logit")
     out = {name: torch.empty(70, device=DEVICE) for name in names}
-    TritonBackend().linear_stats(hidden, weight, labels, bias, head, col_offset=0, **out)
-    assert_stats_match(list(out.values()), exact_stats(hidden, weight, labels, bias, head), 50)
+    exact = exact_stats(hidden, weight, labels, bias, head)
+    for logit_sum in (None, torch.empty(70, device=DEVICE)):
+        TritonBackend().linear_stats(hidden, weight, labels, bias, head, col_offset=0, logit_sum=logit_sum, **out)
+        assert_stats_match([*out.values(), *([] if logit_sum is None else [logit_sum])], exact, 50)
     none = {name: torch.empty(0, device=DEVICE) for name in names}
-    TritonBackend().linear_stats(hidden[:0], weight, labels[:0], bias, head, col_offset=0, **none)
+    TritonBackend().linear_stats(hidden[:0], weight, labels[:0], bias, head, col_offset=0, logit_sum=None, **none)
+
+
+@pytest.mark.parametrize("cols", [1, 64, 300])
+@pytest.mark.parametrize("family", ["small", "sm80", "sm90", "hip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_is_at_most_what_is_declared(dtype, family, cols, monkeypatch):
+    """For aligned rows, which may take another tile, and for others."""
+    monkeypatch.setattr("slime_fused.backends.triton._target_family", lambda device: family)
+    for depth in (32, 21):
+        hidden, weight, *_ = make_problem(7, cols, depth, dtype, has_bias=False)
+        tiles, rows = kernels.partial_shape(7, cols, kernels.choose_config(family, hidden, weight))
+        assert 3 * 4 * tiles * rows <= 7 * TritonBackend().linear_stats_row_bytes(weight)
+        assert TritonBackend().linear_stats_row_bytes(weight.T.contiguous().T) == 0 or cols == 1

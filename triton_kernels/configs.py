@@ -98,6 +98,12 @@ def linear_config(family: str, itemsize: int, *, can_use_descriptors: bool) -> L
     return config
 
 
+def narrowest_config(family: str, itemsize: int) -> LinearConfig:
+    """Of the configurations that operands of this size may get, the one with the most tiles of the vocabulary."""
+    configs = (linear_config(family, itemsize, can_use_descriptors=can_use) for can_use in (False, True))
+    return min(configs, key=lambda config: config.block_n)
+
+
 # The merge reads two floats per row and vocabulary tile: a row of the partials per step is enough.
 MERGE_ROWS = 64
 MERGE_TILES = 32

@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
 """The head's product with softmax statistics in its epilogue: the logits live in registers and are never stored.
 
-    z = transform(hidden weight^T + bias)
-    row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   label_logit = z_label
+    z = transform(round(hidden weight^T) + bias)
+    row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   label_logit = z_label,   logit_sum = sum_v z_v
 
 | tensor | shape | dtype | |
 |---|---|---|---|
@@ -10,11 +10,14 @@
 | weight | [V, D], rows `weight_stride` apart | as hidden | read once per `group_m * block_m` rows |
 | labels | [M] | i64 | read; a label outside [col_offset, col_offset + V) has label_logit 0 |
 | bias | [V] or None | as hidden | read |
-| partial_max, partial_sum | [tiles of V, M] | f32 | written, then merged by the second kernel |
+| partial_max, partial_sum, partial_logit_sum | [tiles of V, M] | f32 | written, then merged by the second kernel |
 | row_max, row_sum, label_logit | [M] | f32 | written |
+| logit_sum, and with it partial_logit_sum | [M] or None | f32 | written |
 
-FLOPs: 2 M V D. Bytes beyond the operands: 16 M V / block_n. Accumulation: float32, from the product to the
-statistics: unlike logits that went through memory, z is never rounded to bfloat16.
+FLOPs: 2 M V D. Bytes beyond the operands: 16 M V / block_n, half as much again with logit_sum.
+Accumulation: float32. The product is rounded once to the dtype of its operands, as one that is stored: a backward
+pass forms the logits again and subtracts this log-sum-exp. Were they not rounded alike, a row's probabilities would
+not sum to 1 (bfloat16, logits of standard deviation 5: gradients 2.4 times further from float64; 10: 3.8 times).
 Limits: float32 operands use full precision ("ieee"), which has no tensor cores.
 Deterministic: every partial and every label logit has one writer, and the merge runs in a fixed order.
 Model: the linear cross-entropy of Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
@@ -49,7 +52,7 @@ def tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden[rows] @ weight[cols]^T in float32, [BLOCK_M, BLOCK_N]; entries outside [M, V] are unspecified."""
+    """hidden[rows] @ weight[cols]^T, [BLOCK_M, BLOCK_N] float32; entries outside [M, V] are unspecified."""
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if DESCRIPTORS:
         for k in range(0, D, BLOCK_K):
@@ -84,6 +87,7 @@ def linear_stats_kernel(
     bias,  # [V]
     partial_max,  # [tiles of V, M]
     partial_sum,  # [tiles of V, M]
+    partial_logit_sum,  # [tiles of V, M]
     label_logit,  # [M], zeroed by the caller
     M,
     V,
@@ -95,6 +99,7 @@ def linear_stats_kernel(
     softcap,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_LOGIT_SUM: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -130,14 +135,19 @@ def linear_stats_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    raw = raw.to(hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     z = head_logit(raw, scale, softcap, HAS_SOFTCAP)
+    out_offset = tile_n.to(tl.int64) * M + rows
+    if HAS_LOGIT_SUM:
+        # Here, not below with the others: fewest registers are alive.
+        tile_logit_sum = tl.sum(tl.where((cols < V)[None, :], z, 0.0), 1)
+        tl.store(partial_logit_sum + out_offset, tile_logit_sum, mask=rows < M)
     z = tl.where((cols < V)[None, :], z, NEG_INF)
 
     tile_max = tl.max(z, 1)
     tile_sum = tl.sum(exp(z - finite_shift(tile_max)[:, None]), 1)
-    out_offset = tile_n.to(tl.int64) * M + rows
     tl.store(partial_max + out_offset, tile_max, mask=rows < M)
     tl.store(partial_sum + out_offset, tile_sum, mask=rows < M)
 
@@ -154,10 +164,13 @@ def linear_stats_kernel(
 def merge_partials_kernel(
     partial_max,  # [T, M]
     partial_sum,  # [T, M]
+    partial_logit_sum,  # [T, M]
     row_max,  # [M]
     row_sum,  # [M]
+    logit_sum,  # [M]
     M,
     T,
+    HAS_LOGIT_SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -165,6 +178,7 @@ def merge_partials_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     running_max = tl.full([BLOCK_M], NEG_INF, tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_logit_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, T, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
         is_valid = (tiles < T)[:, None] & (rows < M)[None, :]
@@ -177,12 +191,16 @@ def merge_partials_kernel(
             block_sum * exp(block_max - shift[None, :]), 0
         )
         running_max = new_max
+        if HAS_LOGIT_SUM:
+            running_logit_sum += tl.sum(tl.load(partial_logit_sum + offsets, mask=is_valid, other=0.0), 0)
     tl.store(row_max + rows, running_max, mask=rows < M)
     tl.store(row_sum + rows, running_sum, mask=rows < M)
+    if HAS_LOGIT_SUM:
+        tl.store(logit_sum + rows, running_logit_sum, mask=rows < M)
 
 
 def partial_shape(rows: int, cols: int, config: LinearConfig) -> tuple[int, int]:
-    """Shape of each of the two float32 scratch tensors that `linear_stats` needs."""
+    """Shape of each of the float32 scratch tensors that `linear_stats` needs: two, or three with `logit_sum`."""
     return triton.cdiv(cols, config.block_n), rows
 
 
@@ -206,8 +224,8 @@ def linear_stats(
     row_max: Any,  # [M]
     row_sum: Any,  # [M]
     label_logit: Any,  # [M]
-    partial_max: Any,  # [tiles of V, M]
-    partial_sum: Any,  # [tiles of V, M]
+    logit_sum: Any,  # [M] or None
+    partials: Any,  # [2 or 3, tiles of V, M]
     *,
     scale: float,
     softcap: float | None,
@@ -223,6 +241,9 @@ def linear_stats(
             TensorDescriptor(weight, [cols, depth], [weight.stride(0), 1], [config.block_n, config.block_k]),
         )
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n)
+    has_logit_sum = logit_sum is not None
+    partial_max, partial_sum = partials[0], partials[1]
+    partial_logit_sum = partials[2] if has_logit_sum else None
     label_logit.zero_()
     linear_stats_kernel[(tiles,)](
         *operands,
@@ -230,6 +251,7 @@ def linear_stats(
         bias,
         partial_max,
         partial_sum,
+        partial_logit_sum,
         label_logit,
         rows,
         cols,
@@ -241,6 +263,7 @@ def linear_stats(
         softcap or 0.0,
         HAS_BIAS=bias is not None,
         HAS_SOFTCAP=softcap is not None,
+        HAS_LOGIT_SUM=has_logit_sum,
         DESCRIPTORS=config.uses_descriptors,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,
@@ -253,10 +276,13 @@ def linear_stats(
     merge_partials_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
         partial_max,
         partial_sum,
+        partial_logit_sum,
         row_max,
         row_sum,
+        logit_sum,
         rows,
-        partial_max.shape[0],
+        partials.shape[1],
+        HAS_LOGIT_SUM=has_logit_sum,
         BLOCK_M=MERGE_ROWS,
         BLOCK_T=MERGE_TILES,
         num_warps=4,

@@ -218,7 +218,7 @@ def measure_linear(shape: tuple[int, int, int]) -> list[Result]:
 
         def run(config: LinearConfig = config, partials: Tensor = partials) -> None:
             linear_stats.linear_stats(
-                hidden, weight, labels, None, *out, partials[0], partials[1],
+                hidden, weight, labels, None, *out, None, partials,
                 scale=1.0, softcap=None, col_offset=0, config=config,
             )  # fmt: skip
 

@@ -11,7 +11,7 @@ accumulation dtype: float64 for float64 logits, float32 for everything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -178,4 +178,36 @@ class Backend(Protocol):
         """``tensor *= factor`` in place (any shape, contiguous); ``factor`` is one acc-dtype number on the device.
 
         Costs nothing where the factor is exactly 1, and never waits for the device.
+        """
+
+
+@runtime_checkable
+class LinearStatsBackend(Protocol):
+    """What a backend may offer beyond `Backend`: the head's product with its statistics, logits never stored.
+
+    The planner's "fused" plan needs it; nothing else does.
+    """
+
+    def linear_stats_row_bytes(self, weight: Tensor) -> int:
+        """The most scratch that `linear_stats` takes for each row, or 0 where it cannot take this ``weight``."""
+
+    def linear_stats(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        head: HeadTransform,
+        *,
+        col_offset: int,
+        row_max: Tensor,
+        row_sum: Tensor,
+        label_logit: Tensor,
+        logit_sum: Tensor | None,
+    ) -> None:
+        """As `Backend.logits_stats` of ``hidden`` (M, D) @ ``weight`` (V, D)^T, for whole rows (no ``merge``).
+
+        ``hidden`` and ``weight`` share a dtype and have contiguous columns. Products are accumulated in acc dtype
+        and rounded once to that dtype, as those that are stored: the statistics belong to the logits that backward
+        forms again.
         """

@@ -228,6 +228,14 @@ class TritonBackend:
                 ),
             )
 
+    def linear_stats_row_bytes(self, weight: Tensor) -> int:
+        """See `base.LinearStatsBackend.linear_stats_row_bytes`: three partial sums per tile of the vocabulary."""
+        if weight.stride(1) != 1:
+            return 0
+        family = _target_family(weight.device)
+        config = _kernels("configs").narrowest_config(family, weight.element_size())
+        return 12 * -(-weight.shape[0] // config.block_n)
+
     def linear_stats(
         self,
         hidden: Tensor,  # [M, D]
@@ -240,18 +248,16 @@ class TritonBackend:
         row_max: Tensor,  # [M]
         row_sum: Tensor,  # [M]
         label_logit: Tensor,  # [M]
+        logit_sum: Tensor | None,  # [M]
     ) -> None:
-        """`logits_stats` of ``hidden @ weight.T`` without storing the logits (an extension of the contract).
-
-        ``hidden`` and ``weight`` share a dtype; columns are contiguous. Statistics are float32, from products that
-        were never rounded. Takes 8 bytes of scratch per row and tile of 64 to 256 columns.
-        """
+        """See `base.LinearStatsBackend.linear_stats`."""
         if hidden.shape[0] == 0:
             return
         kernels = _kernels("linear_stats")
         config = kernels.choose_config(_target_family(hidden.device), hidden, weight)
+        count = 2 if logit_sum is None else 3
         shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
-        partials = torch.empty((2, *shape), dtype=torch.float32, device=hidden.device)
+        partials = torch.empty((count, *shape), dtype=torch.float32, device=hidden.device)
         with _on_device_of(hidden):
             kernels.linear_stats(
                 hidden,
@@ -261,8 +267,8 @@ class TritonBackend:
                 row_max,
                 row_sum,
                 label_logit,
-                partials[0],
-                partials[1],
+                logit_sum,
+                partials,
                 scale=head.scale,
                 softcap=head.softcap,
                 col_offset=col_offset,
