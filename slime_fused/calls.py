@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import HeadTransform, TokenLoss
+from slime_fused.backends.base import Backend, HeadTransform, LinearStatsBackend, TokenLoss
 from slime_fused.checks import check_pairs
 from slime_fused.engine import Head
 from slime_fused.layout import TokenLayout, require_responses, resolve_layout
@@ -92,7 +92,7 @@ def prepare_call(
         token_loss=token_loss,
         backend=backend,
     )
-    problem = make_problem(operation, layout, hidden, weight, wants, keeps_residual=keeps_residual)
+    problem = make_problem(operation, layout, hidden, weight, wants, backend, keeps_residual=keeps_residual)
     workspace = resolve_workspace(options.workspace, problem, is_gpu=hidden.device.type != "cpu")
     return Call(head, layout, make_plan(problem, workspace))
 
@@ -103,6 +103,7 @@ def make_problem(
     hidden: Tensor,
     weight: Tensor,
     wants: Wants,
+    backend: Backend,
     *,
     keeps_residual: bool = True,
 ) -> Problem:
@@ -119,4 +120,7 @@ def make_problem(
         want_bias=wants.bias,
         pair_rows=tuple(layout.lengths[i] + layout.lengths[pairs + i] for i in range(pairs)),
         keeps_residual=keeps_residual,
+        linear_stats_row_bytes=(
+            backend.linear_stats_row_bytes(weight) if isinstance(backend, LinearStatsBackend) else 0
+        ),
     )

@@ -46,6 +46,41 @@ class TokenStats:
     logp: Tensor
     loss: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
+        """Uninitialised, for ``rows`` rows of ``hidden``."""
+        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(3)))
+
+
+@dataclass(frozen=True)
+class VocabStats:
+    """What a backend says of (M,) rows of logits, in acc dtype: see `Backend.logits_stats`."""
+
+    row_max: Tensor
+    row_sum: Tensor
+    label_logit: Tensor
+    logit_sum: Tensor | None
+    """None where the loss does not need it."""
+
+    @classmethod
+    def empty(cls, rows: Tensor, token_loss: TokenLoss) -> VocabStats:
+        """Uninitialised, for the (M, ...) ``rows``."""
+        shape = (4 if token_loss.label_smoothing else 3, rows.shape[0])
+        row_max, row_sum, label_logit, *logit_sum = rows.new_empty(shape, dtype=acc_dtype(rows.dtype)).unbind()
+        return cls(row_max, row_sum, label_logit, logit_sum[0] if logit_sum else None)
+
+    def finish(self, token_loss: TokenLoss, vocab_size: int) -> TokenStats:
+        """Log-probs and losses, written over these statistics, which are those of the whole vocabulary."""
+        log_sum = self.row_sum.log_()
+        logp = self.label_logit.sub_(self.row_max).sub_(log_sum)
+        lse = log_sum.add_(self.row_max)
+        loss = (token_loss.label_smoothing - 1) * logp
+        if self.logit_sum is not None:
+            loss += token_loss.label_smoothing * (lse - self.logit_sum / vocab_size)
+        if token_loss.z_loss:
+            loss += token_loss.z_loss * lse**2
+        return TokenStats(lse, logp, loss)
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -99,6 +134,13 @@ class RowSet:
         return join([source[a:b] for a, b in self.spans])
 
 
+def write_stats(rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
+    """Copy a chunk's statistics to their place among all labelled rows."""
+    rows.put_labelled(out.lse, chunk.lse)
+    rows.put_labelled(out.logp, chunk.logp)
+    rows.put_labelled(out.loss, chunk.loss)
+
+
 class ChunkEngine:
     """Forms logits and residuals chunk by chunk in one reused buffer, and gathers the gradients."""
 
@@ -117,11 +159,6 @@ class ChunkEngine:
             self.d_hidden = (
                 hidden.new_empty(hidden.shape) if layout.rows is None else hidden.new_zeros(hidden.shape)
             )
-
-    def row_stats(self) -> TokenStats:
-        """Uninitialised statistics of all labelled rows."""
-        rows = self.targets.shape[0]
-        return TokenStats(self._empty(rows), self._empty(rows), self._empty(rows))
 
     def logits(self, rows: RowSet) -> Tensor:
         """(M, V) raw logits of a chunk; they live until the next call."""
@@ -145,12 +182,12 @@ class ChunkEngine:
         head = self.head
         targets = rows.of_labelled(self.targets)
         chunk = token_stats(head.backend, self.logits(rows), targets, head.bias, head.transform, head.token_loss)
-        self.write_stats(rows, chunk, out)
+        write_stats(rows, chunk, out)
 
     def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
         """(M, V) residual of a chunk; its statistics go to ``out``."""
         logits = self.logits(rows)
-        lse, logp, loss = self._empty(3, logits.shape[0]).unbind()
+        chunk = TokenStats.empty(logits.shape[0], logits)
         self.head.backend.softmax_residual(
             logits,
             logits,
@@ -158,11 +195,11 @@ class ChunkEngine:
             self.head.bias,
             self.head.transform,
             self.head.token_loss,
-            lse=lse,
-            logp=logp,
-            loss=loss,
+            lse=chunk.lse,
+            logp=chunk.logp,
+            loss=chunk.loss,
         )
-        self.write_stats(rows, TokenStats(lse, logp, loss), out)
+        write_stats(rows, chunk, out)
         return logits
 
     def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
@@ -224,15 +261,6 @@ class ChunkEngine:
             None if d_bias is None else d_bias.to(weight.dtype),
         )
 
-    def write_stats(self, rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
-        """Copy a chunk's statistics to their place among all labelled rows."""
-        rows.put_labelled(out.lse, chunk.lse)
-        rows.put_labelled(out.logp, chunk.logp)
-        rows.put_labelled(out.loss, chunk.loss)
-
-    def _empty(self, *shape: int) -> Tensor:
-        return self.head.hidden.new_empty(shape, dtype=acc_dtype(self.head.hidden.dtype))
-
 
 def join(pieces: list[Tensor]) -> Tensor:
     """Concatenate, without a copy where there is one piece."""
@@ -248,27 +276,17 @@ def token_stats(
     token_loss: TokenLoss,
 ) -> TokenStats:
     """Statistics and losses of (M, V) raw logits that stay as they are. A row without a label gets numbers too."""
-    shape = (4, logits.shape[0])
-    row_max, row_sum, label_logit, logit_sum = logits.new_empty(shape, dtype=acc_dtype(logits.dtype)).unbind()
-    smoothing = token_loss.label_smoothing
+    stats = VocabStats.empty(logits, token_loss)
     backend.logits_stats(
         logits,
         labels,
         bias,
         transform,
         col_offset=0,
-        row_max=row_max,
-        row_sum=row_sum,
-        label_logit=label_logit,
-        logit_sum=logit_sum if smoothing else None,
+        row_max=stats.row_max,
+        row_sum=stats.row_sum,
+        label_logit=stats.label_logit,
+        logit_sum=stats.logit_sum,
         merge=False,
     )
-    log_sum = row_sum.log_()
-    logp = label_logit.sub_(row_max).sub_(log_sum)
-    lse = log_sum.add_(row_max)
-    loss = (smoothing - 1) * logp
-    if smoothing:
-        loss += smoothing * (lse - logit_sum / logits.shape[1])
-    if token_loss.z_loss:
-        loss += token_loss.z_loss * lse**2
-    return TokenStats(lse, logp, loss)
+    return stats.finish(token_loss, logits.shape[1])

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused import products
 from slime_fused.backends.base import Backend, SlimeWeights
 from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, TokenStats, join
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
+from slime_fused.sweeps import plan_sweep, row_sets
 
 
 @dataclass(frozen=True)
@@ -27,30 +27,23 @@ class SlimePairs:
     stabilizer: Tensor
 
 
-def row_sets(layout: TokenLayout, plan: Plan) -> list[RowSet]:
-    """The row blocks of a plan whose chunks are rows."""
-    return [RowSet(layout, [(c.begin, c.end)]) for c in plan.chunks]
-
-
 def slime_forward(
     head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
 ) -> tuple[SlimePairs, Gradients]:
     """The SLIME loss by pair and, where wanted, ``grad_scale`` times the gradients of its sum."""
-    engine = ChunkEngine(head, layout, plan)
-    if plan.kind == "stream":
-        return _slime_stream(engine, layout, plan, weights, grad_scale)
-    return _slime_sweep(engine, layout, plan, weights, grad_scale)
+    run = _slime_stream if plan.kind == "stream" else _slime_sweep
+    return run(head, layout, plan, weights, grad_scale)
 
 
 def _slime_stream(
-    engine: ChunkEngine, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
 ) -> tuple[SlimePairs, Gradients]:
     """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
     num_pairs = len(layout.lengths) // 2
     starts = cumulative(layout.lengths)
     bounds = _chunk_bounds(layout, plan).to(layout.targets.device, non_blocking=True)
-    stats = engine.row_stats()
-    backend = engine.head.backend
+    engine = ChunkEngine(head, layout, plan)
+    stats = TokenStats.empty(layout.num_rows, head.hidden)
     parts = []
     first = 0
     for chunk in plan.chunks:
@@ -62,7 +55,7 @@ def _slime_stream(
         residual = engine.residual(rows, stats)
         size = 2 * (chunk.end - chunk.begin) + 1
         chunk_bounds = bounds[first : first + size]
-        pairs, d_logp = slime_terms(backend, rows.of_labelled(stats.logp), chunk_bounds, weights, True)
+        pairs, d_logp = slime_terms(head.backend, rows.of_labelled(stats.logp), chunk_bounds, weights, True)
         first += size
         parts.append(pairs)
         if d_logp is not None:
@@ -74,62 +67,39 @@ def _slime_stream(
 
 
 def _slime_sweep(
-    engine: ChunkEngine, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
 ) -> tuple[SlimePairs, Gradients]:
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
-    problem = plan.problem
-    stats = engine.row_stats()
-    blocks = row_sets(layout, plan)
-    forward_sweep(engine, blocks, stats)
+    sweep = plan_sweep(head, layout, plan)
+    sweep.forward()
     bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32).to(layout.targets.device)
-    pairs, d_logp = slime_terms(engine.head.backend, stats.logp, bounds, weights, problem.wants_gradient)
-    if d_logp is not None:
-        coefficient = d_logp.mul_(-grad_scale)
-        if engine.d_hidden is not None:
-            scale_rows(engine.d_hidden, coefficient, layout)
-        head_grad_sweep(engine, blocks, stats, coefficient)
-    engine.release_buffer()
-    return pairs, engine.gradients()
-
-
-def forward_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats) -> None:
-    """Statistics of all rows and, where dX is wanted, the rows of R W in its place."""
-    for rows in blocks:
-        if engine.d_hidden is None:
-            engine.stats(rows, stats)
-        else:
-            residual = engine.residual(rows, stats)
-            engine.add_hidden_grad(rows, residual, None)
-
-
-def head_grad_sweep(engine: ChunkEngine, blocks: list[RowSet], stats: TokenStats, coefficient: Tensor) -> None:
-    """DW and db of all rows from recomputed logits."""
-    problem = engine.plan.problem
-    if not (problem.want_weight or problem.want_bias):
-        return
-    for rows in blocks:
-        residual = engine.residual_again(rows, stats)
-        engine.add_head_grad(rows, residual, rows.of_labelled(coefficient))
-
-
-def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:
-    """(N_all, D) rows of R W -> dX, in place; ``coefficient`` (N,). Rows without a label keep their zeros."""
-    if layout.rows is not None:
-        full = coefficient.new_zeros(d_hidden.shape[0])
-        coefficient = full.index_copy_(0, layout.rows, coefficient)
-    products.scale_rows_(d_hidden, coefficient)
+    pairs, d_logp = slime_terms(head.backend, sweep.stats.logp, bounds, weights, plan.problem.wants_gradient)
+    if d_logp is None:
+        return pairs, Gradients(None, None, None)
+    return pairs, sweep.backward(d_logp.mul_(-grad_scale))
 
 
 def cross_entropy_forward(
     head: Head, layout: TokenLayout, plan: Plan, coefficient: float
 ) -> tuple[Tensor, Gradients]:
     """(sum of all token losses, gradients of ``coefficient`` times that sum)."""
+    if plan.kind == "stream":
+        return _cross_entropy_stream(head, layout, plan, coefficient)
+    sweep = plan_sweep(head, layout, plan)
+    sweep.forward()
+    loss = sweep.stats.loss
+    if not plan.problem.wants_gradient:
+        return loss.sum(), Gradients(None, None, None)
+    return loss.sum(), sweep.backward(torch.full_like(loss, coefficient))
+
+
+def _cross_entropy_stream(
+    head: Head, layout: TokenLayout, plan: Plan, coefficient: float
+) -> tuple[Tensor, Gradients]:
+    """Row blocks: the coefficient of every row is known beforehand."""
     engine = ChunkEngine(head, layout, plan)
-    stats = engine.row_stats()
+    stats = TokenStats.empty(layout.num_rows, head.hidden)
     for rows in row_sets(layout, plan):
-        if plan.kind == "eval":
-            engine.stats(rows, stats)
-            continue
         residual = engine.residual(rows, stats)
         factors = stats.loss.new_full((residual.shape[0],), coefficient)
         engine.add_hidden_grad(rows, residual, factors)

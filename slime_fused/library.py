@@ -162,9 +162,13 @@ def _token_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _token_pass(hidden, weight, bias, labels, rest)
         loss = run.forward()
-        lse, logp = run.spread(run.stats.lse), run.spread(run.stats.logp)
-        unscaled = run.unscaled_hidden_grad
-    d_hidden = hidden.new_empty(0) if unscaled is None else unscaled.view(hidden.shape)
+        stats, unscaled = run.sweep.stats, run.sweep.unscaled
+        lse, logp = run.spread(stats.lse), run.spread(stats.logp)
+    if unscaled is not None:
+        d_hidden = unscaled.view(hidden.shape)
+    else:
+        # The graph was traced before the plan was known: where "fused" forms no R W, zeros stand for it.
+        d_hidden = hidden.new_zeros(hidden.shape if rest[-3] else 0)
     return loss.view(labels.shape), lse, logp, d_hidden
 
 

@@ -2,7 +2,8 @@
 
 `SlimeLossFunction` and `CrossEntropyFunction` form their gradients in the forward pass, where the residual lies
 in the workspace anyway; backward only multiplies them with the upstream scalar. `TokenLossFunction` takes an
-arbitrary upstream gradient per token: R W is formed in forward, and backward scales its rows.
+arbitrary upstream gradient per token: R W is formed in forward, and backward scales its rows, or (plan "fused")
+all gradients are formed in backward.
 
 None is twice differentiable, and each says so.
 """
@@ -19,8 +20,9 @@ from slime_fused import execute
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, SlimeWeights, TokenLoss, acc_dtype
 from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
-from slime_fused.engine import ChunkEngine, Gradients, TokenStats
+from slime_fused.engine import Gradients, TokenStats
 from slime_fused.execute import SlimePairs
+from slime_fused.sweeps import plan_sweep
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class TokenLossFunction(torch.autograd.Function):
         options: HeadOptions,
         wants: Wants,
     ) -> Tensor:
-        """Run the plan; keep R W, the statistics and (where it fits the workspace) R."""
+        """Run the plan; keep the statistics and, as the plan has it, R W and R."""
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             call = prepare_call("token", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss)
             ctx.pass_ = TokenPass(call)
@@ -214,69 +216,34 @@ class TokenPass:
     """The two halves of a per-token loss and what the second needs of the first."""
 
     def __init__(self, call: Call) -> None:
-        self._call = call
-        self._engine = ChunkEngine(call.head, call.layout, call.plan)
-        self._blocks = execute.row_sets(call.layout, call.plan)
-        self.stats: TokenStats = self._engine.row_stats()
-        self._residual: Tensor | None = None
+        self._layout = call.layout
+        self._dtype = acc_dtype(call.head.hidden.dtype)
+        self.sweep = plan_sweep(call.head, call.layout, call.plan)
 
     def forward(self) -> Tensor:
         """(N_all,) token losses."""
-        plan = self._call.plan
-        if plan.kind == "stream" and self._blocks:
-            self._residual = self._engine.residual(self._blocks[0], self.stats)
-            self._engine.add_hidden_grad(self._blocks[0], self._residual, None)
-            problem = plan.problem
-            if not (problem.want_weight or problem.want_bias):
-                self._residual = None
-        else:
-            execute.forward_sweep(self._engine, self._blocks, self.stats)
-        self._engine.release_buffer()
-        return self.spread(self.stats.loss)
+        self.sweep.forward()
+        return self.spread(self.sweep.stats.loss)
 
     def spread(self, values: Tensor) -> Tensor:
         """(N,) of the labelled rows -> (N_all,), 0 elsewhere."""
-        rows = self._call.layout.rows
+        rows = self._layout.rows
         if rows is None:
             return values
-        return values.new_zeros(self._call.layout.targets.shape[0]).index_copy_(0, rows, values)
-
-    @property
-    def unscaled_hidden_grad(self) -> Tensor | None:
-        """(N_all, D): R W, the gradient of every token's own loss."""
-        return self._engine.d_hidden
+        return values.new_zeros(self._layout.targets.shape[0]).index_copy_(0, rows, values)
 
     def resume(self, unscaled_hidden_grad: Tensor | None, lse: Tensor, logp: Tensor) -> None:
         """Take the place of a forward pass whose results these are; ``lse`` and ``logp`` are (N_all,)."""
-        rows = self._call.layout.rows
-        self._engine.d_hidden = unscaled_hidden_grad
-        self.stats = TokenStats(*(x if rows is None else x.index_select(0, rows) for x in (lse, logp, logp)))
+        self.sweep.unscaled = unscaled_hidden_grad
+        self.sweep.stats = TokenStats(*(self._labelled(x) for x in (lse, logp, logp)))
 
     def backward(self, upstream: Tensor, *, keeps: bool) -> Gradients:
         """Gradients for the coefficients ``upstream`` (N_all,); ``keeps`` leaves this pass fit for another one."""
-        layout, engine = self._call.layout, self._engine
-        unscaled = engine.d_hidden
-        if engine.plan.problem.want_hidden and unscaled is None:
-            raise RuntimeError(
-                "this loss handed its gradients out in the first backward(); call that with retain_graph=True "
-                "to go through the graph again"
-            )
-        coefficient = upstream.to(acc_dtype(self._call.head.hidden.dtype))
-        if layout.rows is not None:
-            coefficient = coefficient.index_select(0, layout.rows)
-        if self._residual is not None:
-            engine.add_head_grad(self._blocks[0], self._residual, coefficient)
-        else:
-            execute.head_grad_sweep(engine, self._blocks, self.stats, coefficient)
-            engine.release_buffer()
-        if unscaled is not None:
-            engine.d_hidden = unscaled.clone() if keeps else unscaled
-            execute.scale_rows(engine.d_hidden, coefficient, layout)
-        gradients = engine.gradients()
-        engine.d_hidden = unscaled if keeps else None
-        if not keeps:
-            self._residual = None
-        return gradients
+        return self.sweep.backward(self._labelled(upstream.to(self._dtype)), keeps=keeps)
+
+    def _labelled(self, values: Tensor) -> Tensor:
+        rows = self._layout.rows
+        return values if rows is None else values.index_select(0, rows)
 
 
 class SlimeTermsFunction(torch.autograd.Function):

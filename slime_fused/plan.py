@@ -6,11 +6,16 @@ plan     when                                                 N x V x D products
 eval     no gradient is wanted                                1                       1
 stream   a chunk's coefficients are known with its log-probs  3                       2
 resweep  a pair's logits do not fit the workspace             4                       2
+fused    few rows fit, and the backend has ``linear_stats``   4                       never chosen
 ======== ==================================================== ======================= ====================
 
 What is known with a chunk's log-probs: for SLIME, the coefficients of whole pairs; for a mean or summed
 cross-entropy, those of any row; for per-token log-probs (whose coefficients come with ``backward``) none, so
 that "stream" there means one chunk whose residual is kept until then.
+
+"fused" never writes the logits of its forward pass, and sweeps backward over blocks of the vocabulary instead of
+blocks of rows: dW is written once in its own dtype, where chunks of rows would add into a float32 copy of it.
+Without a gradient it is one product.
 """
 
 from __future__ import annotations
@@ -21,13 +26,29 @@ from itertools import pairwise
 from typing import Literal
 
 Operation = Literal["slime", "cross_entropy", "token"]
-PlanKind = Literal["eval", "stream", "resweep"]
+PlanKind = Literal["eval", "stream", "resweep", "fused"]
 
 ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
 
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
 """Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
+
+FUSED_BELOW_ROWS = 1024
+"""Rows of a chunk at which adding its dW takes as long as one of its products.
+
+A chunk of M rows adds into a float32 dW (8 V D bytes) beside products of 2 M V D FLOP each; on an H100 (about 700
+TFLOP/s, 3 TB/s) that is 2.7 ps against 2.9 ps x M / 1024 per entry of dW, so at M = 1024 about 30 % of the three
+products: what the fourth product of "fused" costs. By the same account "fused" adds into a float32 dX once per
+block, which B columns hide as M rows hide dW. float32 products take ten times as long and hide both.
+Not yet measured.
+"""
+
+FUSED_LEAST_COLS = 256
+"""Columns below which no block of "fused" is worth a product: no tile of one is wider."""
+
+FUSED_COL_MULTIPLE = 128
+"""Blocks of columns are multiples of this, so that no tile of a product straddles two."""
 
 _AUTO_ROWS = {"cpu": 2048, "gpu": 4096}
 _AUTO_CAP = {"cpu": 1 << 30, "gpu": 4 << 30}
@@ -52,12 +73,18 @@ class Problem:
     """For "slime": labelled rows of each pair (both responses)."""
     keeps_residual: bool = True
     """For "token": whether the residual may stay alive until backward (a compiled graph cannot keep it)."""
+    linear_stats_row_bytes: int = 0
+    """Scratch that the backend's ``linear_stats`` takes for each row; 0 where it has none."""
+
+    @property
+    def has_linear_stats(self) -> bool:
+        """Whether statistics can be formed without storing logits."""
+        return self.linear_stats_row_bytes > 0
 
     @property
     def row_pitch(self) -> int:
         """Elements between two rows of the logits buffer."""
-        per_line = ROW_ALIGNMENT // self.itemsize
-        return -(-self.vocab_size // per_line) * per_line
+        return padded_cols(self.vocab_size, self.itemsize)
 
     @property
     def row_bytes(self) -> int:
@@ -72,7 +99,12 @@ class Problem:
     @property
     def wants_gradient(self) -> bool:
         """Whether any gradient is wanted."""
-        return self.want_hidden or self.want_weight or self.want_bias
+        return self.want_hidden or self.wants_head_gradient
+
+    @property
+    def wants_head_gradient(self) -> bool:
+        """Whether a gradient of the head is wanted: its weight's or its bias's."""
+        return self.want_weight or self.want_bias
 
 
 @dataclass(frozen=True)
@@ -94,6 +126,13 @@ class Plan:
     workspace: int
     """Byte budget of the logits buffer."""
     reason: str
+    block_cols: int = 0
+    """"fused": columns of the vocabulary whose logits (all rows) backward holds at once; 0 without a backward."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of columns that the backward pass of "fused" goes through."""
+        return -(-self.problem.vocab_size // self.block_cols) if self.block_cols else 0
 
     @property
     def chunk_rows(self) -> int:
@@ -102,18 +141,31 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        """What the largest chunk takes of the budget."""
-        return self.chunk_rows * self.problem.row_bytes
+        """What is taken of the budget: the logits of a chunk; for "fused" of a block, or partial statistics."""
+        p = self.problem
+        if self.kind == "fused":
+            block = p.rows * padded_cols(self.block_cols, p.itemsize) * p.itemsize
+            return max(block, self.chunk_rows * p.linear_stats_row_bytes)
+        return self.chunk_rows * p.row_bytes
 
     @property
     def scratch_bytes(self) -> int:
-        """What the largest chunk takes beside its logits, hidden / vocabulary of the workspace in size."""
-        return self.chunk_rows * self.problem.row_scratch_bytes
+        """Hidden-sized rows beside the logits: those of the largest chunk, or for "fused" of all rows.
+
+        "fused" gathers its rows; backward needs them times their coefficients too, and sums dX in float32.
+        """
+        p = self.problem
+        if self.kind != "fused":
+            return self.chunk_rows * p.row_scratch_bytes
+        if not self.block_cols:
+            return self.chunk_rows * p.hidden_size * p.itemsize
+        copies = 1 + int(p.want_weight or p.want_hidden)
+        return p.rows * p.hidden_size * (copies * p.itemsize + (max(4, p.itemsize) if p.want_hidden else 0))
 
     @property
     def accumulates_weight_grad(self) -> bool:
         """Whether dW is summed over several products."""
-        return self.problem.want_weight and len(self.chunks) > 1
+        return self.problem.want_weight and len(self.chunks) > 1 and self.kind != "fused"
 
     @property
     def accumulator_bytes(self) -> int:
@@ -126,9 +178,7 @@ class Plan:
     def products(self) -> int:
         """Matrix products of size rows x vocabulary x hidden, forward and backward together."""
         p = self.problem
-        if self.kind == "eval":
-            return 1
-        recomputed = self.kind == "resweep" and (p.want_weight or p.want_bias)
+        recomputed = {"resweep": p.wants_head_gradient, "fused": p.wants_gradient}.get(self.kind, False)
         return 1 + int(p.want_hidden) + int(p.want_weight) + int(recomputed)
 
     @property
@@ -146,7 +196,13 @@ class Plan:
             f"plan         {self.kind}: {self.reason}",
             f"problem      {p.operation}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
             f"x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
-            f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows",
+            f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows"
+            + (" (statistics; no logits are written)" if self.kind == "fused" else ""),
+            *(
+                [f"blocks       {self.blocks} of at most {self.block_cols} columns x {p.rows} rows (backward)"]
+                if self.block_cols
+                else []
+            ),
             f"workspace    {format_bytes(self.workspace_bytes)} of {format_bytes(self.workspace)} "
             f"(all logits at once: {format_bytes(p.rows * p.row_pitch * p.itemsize)})",
             f"scratch      {format_bytes(self.scratch_bytes)} of hidden-sized rows",
@@ -162,12 +218,18 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
 
     Raises ValueError where not even one row fits, naming the least that works.
     """
-    capacity = workspace // problem.row_bytes
-    if capacity < 1:
+    if workspace < problem.row_bytes:
         raise ValueError(
             f"workspace: expected at least {problem.row_bytes} bytes ({format_bytes(problem.row_bytes)}, one row "
             f"of {problem.vocab_size} logits), got {workspace}"
         )
+    by_rows = _plan_by_rows(problem, workspace)
+    return _plan_fused(by_rows) or by_rows
+
+
+def _plan_by_rows(problem: Problem, workspace: int) -> Plan:
+    """The plan that forms the logits of whole rows."""
+    capacity = workspace // problem.row_bytes
     if not problem.wants_gradient:
         return Plan("eval", problem, _row_chunks(problem.rows, capacity), workspace, "no gradient is wanted")
     if problem.operation == "cross_entropy":
@@ -185,6 +247,57 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
     else:
         reason = f"{problem.rows} rows, the workspace holds {capacity}: backward forms their logits again"
     return Plan("resweep", problem, _row_chunks(problem.rows, capacity), workspace, reason)
+
+
+def _plan_fused(other: Plan) -> Plan | None:
+    """The plan that takes the place of ``other`` by vocabulary blocks, where the backend can and it pays."""
+    p, workspace = other.problem, other.workspace
+    if not p.has_linear_stats or p.rows == 0:
+        return None
+    chunks = _row_chunks(p.rows, workspace // p.linear_stats_row_bytes)
+    if other.kind == "eval":
+        capacity = workspace // p.row_bytes
+        if capacity >= min(FUSED_BELOW_ROWS, p.rows):
+            return None
+        reason = f"no gradient is wanted, and the workspace holds the logits of {capacity} rows only"
+        return Plan("fused", p, chunks, workspace, reason)
+    block_cols = _block_cols(p, workspace)
+    if not block_cols:
+        return None
+    if other.kind == "resweep" and p.wants_head_gradient:
+        reason = f"{other.reason}; blocks of {block_cols} columns need no float32 dW"
+    elif other.accumulator_bytes and _accumulates_less(block_cols, other.chunk_rows):
+        reason = f"{len(other.chunks)} chunks of at most {other.chunk_rows} rows would each add to a float32 dW"
+    else:
+        # With the head frozen the row plans take two products, this one three.
+        return None
+    return Plan("fused", p, chunks, workspace, reason, block_cols)
+
+
+def _accumulates_less(block_cols: int, chunk_rows: int) -> bool:
+    """Whether a product more and a float32 dX over blocks cost less than a float32 dW over chunks."""
+    return FUSED_BELOW_ROWS / chunk_rows > 1 + FUSED_BELOW_ROWS / block_cols
+
+
+def _block_cols(problem: Problem, workspace: int) -> int:
+    """Columns of equal blocks of the vocabulary, as few as hold all rows in the workspace; 0 where none does."""
+    room = workspace // (problem.rows * ROW_ALIGNMENT) * (ROW_ALIGNMENT // problem.itemsize)
+    if room >= problem.vocab_size:
+        return problem.vocab_size
+    if room < FUSED_LEAST_COLS:
+        return 0
+    room -= room % FUSED_COL_MULTIPLE
+    count = -(-problem.vocab_size // room)
+    return _round_up(-(-problem.vocab_size // count), FUSED_COL_MULTIPLE)
+
+
+def padded_cols(cols: int, itemsize: int) -> int:
+    """Elements between two rows of a buffer of ``cols`` columns."""
+    return _round_up(cols, ROW_ALIGNMENT // itemsize)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _row_chunks(rows: int, capacity: int) -> tuple[Chunk, ...]:

@@ -35,6 +35,18 @@ def residual_times_weight(residual: Tensor, weight: Tensor) -> Tensor:
     return residual @ weight
 
 
+def add_hidden_grad(total: Tensor, residual: Tensor, weight: Tensor) -> None:
+    """``total`` (M, D) acc += ``residual`` (M, B) @ ``weight`` (B, D)."""
+    if total.dtype == residual.dtype:
+        total.addmm_(residual, weight)
+    elif total.is_cuda:
+        torch.addmm(total, residual, weight, out_dtype=total.dtype, out=total)
+    else:
+        # bfloat16 on the CPU rounds each block's product before it is added: no mixed product exists there.
+        for rows in _blocks(total.shape[0], total.shape[1] * total.element_size()):
+            total[rows].add_(residual_times_weight(residual[rows], weight))
+
+
 def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *, is_first: bool) -> None:
     """``d_weight`` (V, D) [+]= ``residual`` (M, V)^T @ ``scaled_hidden`` (M, D); ``is_first`` overwrites.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
-from slime_fused.plan import ROW_ALIGNMENT
+from slime_fused.plan import padded_cols
 
 
 def vocab_sweep_backward(
@@ -73,9 +73,8 @@ def vocab_sweep_backward(
     if want_weight:
         products.scale_rows_(scaled_hidden, row_scale)
 
-    per_line = ROW_ALIGNMENT // hidden.element_size()
     width = min(block_cols, vocab)
-    buffer = hidden.new_empty(rows, -(-width // per_line) * per_line)
+    buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
     for begin in range(0, vocab, width):
         cols = slice(begin, min(begin + width, vocab))
         residual = buffer[:, : cols.stop - begin]
@@ -94,25 +93,15 @@ def vocab_sweep_backward(
             row_scale=None,
         )
         if sum_hidden is not None:
-            _add_product(sum_hidden, residual, weight[cols])
+            products.add_hidden_grad(sum_hidden, residual, weight[cols])
         if d_weight is not None:
             products.add_weight_grad(d_weight[cols], residual, scaled_hidden, is_first=True)
         if d_bias is not None:
             products.add_bias_grad(d_bias[cols], residual, row_scale)
 
     d_hidden = None
+    del buffer, residual, scaled_hidden
     if sum_hidden is not None:
         products.scale_rows_(sum_hidden, row_scale)
         d_hidden = sum_hidden.to(hidden.dtype)
     return d_hidden, d_weight, d_bias
-
-
-def _add_product(total: Tensor, residual: Tensor, weight: Tensor) -> None:
-    """``total`` (N, D) acc += ``residual`` (N, B) @ ``weight`` (B, D)."""
-    if total.dtype == residual.dtype:
-        total.addmm_(residual, weight)
-    elif total.is_cuda:
-        torch.addmm(total, residual, weight, out_dtype=total.dtype, out=total)
-    else:
-        # bfloat16 on the CPU rounds each block's product before it is added: no mixed product exists there.
-        total.add_(products.residual_times_weight(residual, weight))

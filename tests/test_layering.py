@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.arguments", "slime_fused.library"),
     ("slime_fused.op",),
     ("slime_fused.calls", "slime_fused.execute"),
+    ("slime_fused.sweeps",),
     ("slime_fused.engine",),
     ("slime_fused.vocab_sweep",),
     ("slime_fused.products",),

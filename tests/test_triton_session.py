@@ -10,7 +10,13 @@ import pytest
 
 from tests.triton_support import INTERPRETING, ROOT
 
-KERNEL_TESTS = ["test_triton_grid.py", "test_triton_rows.py", "test_triton_segments.py", "test_triton_linear.py"]
+KERNEL_TESTS = [
+    "test_triton_grid.py",
+    "test_triton_rows.py",
+    "test_triton_segments.py",
+    "test_triton_linear.py",
+    "test_triton_fused.py",
+]
 
 
 @pytest.mark.slow

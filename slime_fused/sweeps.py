@@ -1,0 +1,207 @@
+"""Forward passes over all labelled rows that a backward pass follows, once its coefficients are known.
+
+One class per way to get from coefficients c = dL/d(token loss) to gradients:
+
+============= ===================== =============================================================================
+class         plan                  what forward leaves for backward
+============= ===================== =============================================================================
+RowSweep      resweep, eval         statistics, and R W where dX is wanted; logits are formed again for dW
+KeptResidual  stream of tokens      as RowSweep, and the residual R of the only chunk
+FusedSweep    fused                 statistics alone; logits are formed again by blocks of the vocabulary
+============= ===================== =============================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from slime_fused import products
+from slime_fused.backends.base import LinearStatsBackend
+from slime_fused.engine import (
+    ChunkEngine,
+    Gradients,
+    Head,
+    RowSet,
+    TokenStats,
+    VocabStats,
+    write_stats,
+)
+from slime_fused.layout import TokenLayout
+from slime_fused.plan import Plan
+from slime_fused.vocab_sweep import vocab_sweep_backward
+
+
+class Sweep(Protocol):
+    """What the losses see of the three."""
+
+    stats: TokenStats
+    """(N,) each: of all labelled rows, known after `forward`."""
+    unscaled: Tensor | None
+    """(N_all, D): R W, the hidden gradient of every token's own loss, where forward forms it."""
+
+    def forward(self) -> None:
+        """Form the statistics, and what else backward needs."""
+
+    def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
+        """Gradients for the coefficients (N,); ``keeps`` leaves the sweep fit for another backward."""
+
+
+def plan_sweep(head: Head, layout: TokenLayout, plan: Plan) -> Sweep:
+    """The sweep of a plan whose coefficients come after all log-probs."""
+    if plan.kind == "fused":
+        return FusedSweep(head, layout, plan)
+    is_kept = plan.kind == "stream" and plan.problem.wants_head_gradient and plan.chunks
+    return KeptResidual(head, layout, plan) if is_kept else RowSweep(head, layout, plan)
+
+
+def row_sets(layout: TokenLayout, plan: Plan) -> list[RowSet]:
+    """The row blocks of a plan whose chunks are rows."""
+    return [RowSet(layout, [(c.begin, c.end)]) for c in plan.chunks]
+
+
+class RowSweep:
+    """Row blocks: R W is formed in forward, and backward forms the logits again for dW and db alone."""
+
+    def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
+        self._layout = layout
+        self._engine = ChunkEngine(head, layout, plan)
+        self._blocks = row_sets(layout, plan)
+        self.stats = TokenStats.empty(layout.num_rows, head.hidden)
+
+    @property
+    def unscaled(self) -> Tensor | None:
+        """See `Sweep.unscaled`."""
+        return self._engine.d_hidden
+
+    @unscaled.setter
+    def unscaled(self, value: Tensor | None) -> None:
+        self._engine.d_hidden = value
+
+    def forward(self) -> None:
+        """Statistics of all rows and, where dX is wanted, the rows of R W in its place."""
+        for rows in self._blocks:
+            if self._engine.d_hidden is None:
+                self._engine.stats(rows, self.stats)
+            else:
+                residual = self._engine.residual(rows, self.stats)
+                self._engine.add_hidden_grad(rows, residual, None)
+        self._engine.release_buffer()
+
+    def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
+        """See `Sweep.backward`. Without ``keeps`` the rows of R W become those of dX."""
+        engine, unscaled = self._engine, self._engine.d_hidden
+        if engine.plan.problem.want_hidden and unscaled is None:
+            raise RuntimeError(
+                "this loss handed its gradients out in the first backward(); call that with retain_graph=True "
+                "to go through the graph again"
+            )
+        if engine.plan.problem.wants_head_gradient:
+            self._add_head_grads(coefficient)
+        if unscaled is not None:
+            engine.d_hidden = unscaled.clone() if keeps else unscaled
+            scale_rows(engine.d_hidden, coefficient, self._layout)
+        gradients = engine.gradients()
+        engine.d_hidden = unscaled if keeps else None
+        return gradients
+
+    def _add_head_grads(self, coefficient: Tensor) -> None:
+        for rows in self._blocks:
+            residual = self._engine.residual_again(rows, self.stats)
+            self._engine.add_head_grad(rows, residual, rows.of_labelled(coefficient))
+        self._engine.release_buffer()
+
+
+class KeptResidual(RowSweep):
+    """One chunk, whose residual stays alive until backward."""
+
+    _residual: Tensor | None = None
+
+    def forward(self) -> None:
+        """As `RowSweep.forward`, and the residual."""
+        (rows,) = self._blocks
+        self._residual = self._engine.residual(rows, self.stats)
+        self._engine.add_hidden_grad(rows, self._residual, None)
+        self._engine.release_buffer()
+
+    def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
+        """See `Sweep.backward`."""
+        gradients = super().backward(coefficient, keeps=keeps)
+        if not keeps:
+            self._residual = None
+        return gradients
+
+    def _add_head_grads(self, coefficient: Tensor) -> None:
+        if self._residual is None:
+            super()._add_head_grads(coefficient)
+        else:
+            self._engine.add_head_grad(self._blocks[0], self._residual, coefficient)
+
+
+class FusedSweep:
+    """Statistics in the product's epilogue, then blocks of the vocabulary: see `vocab_sweep`."""
+
+    unscaled: Tensor | None = None
+
+    def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
+        self._head = head
+        self._layout = layout
+        self._plan = plan
+        self._targets = layout.row_targets()
+        self.stats = TokenStats.empty(layout.num_rows, head.hidden)
+
+    def forward(self) -> None:
+        """Statistics of all rows; no logits are written."""
+        head = self._head
+        if not isinstance(head.backend, LinearStatsBackend):
+            raise TypeError(f"backend: the fused plan needs linear_stats, {head.backend.name!r} has none")
+        for rows in row_sets(self._layout, self._plan):
+            hidden = rows.take(head.hidden)
+            stats = VocabStats.empty(hidden, head.token_loss)
+            head.backend.linear_stats(
+                hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+                head.weight,
+                rows.of_labelled(self._targets),
+                head.bias,
+                head.transform,
+                col_offset=0,
+                row_max=stats.row_max,
+                row_sum=stats.row_sum,
+                label_logit=stats.label_logit,
+                logit_sum=stats.logit_sum,
+            )
+            write_stats(rows, stats.finish(head.token_loss, head.weight.shape[0]), self.stats)
+
+    def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
+        """See `Sweep.backward`. Nothing that forward left is used up."""
+        head, problem = self._head, self._plan.problem
+        rows = RowSet(self._layout, [(0, problem.rows)])
+        d_hidden, d_weight, d_bias = vocab_sweep_backward(
+            rows.take(head.hidden),
+            head.weight,
+            self._targets,
+            head.bias,
+            head.transform,
+            head.token_loss,
+            self.stats.lse,
+            self.stats.logp,
+            coefficient,
+            head.backend,
+            block_cols=self._plan.block_cols,
+            want_hidden=problem.want_hidden,
+            want_weight=problem.want_weight,
+            want_bias=problem.want_bias,
+        )
+        if d_hidden is not None and self._layout.rows is not None:
+            labelled, d_hidden = d_hidden, head.hidden.new_zeros(head.hidden.shape)
+            rows.put(d_hidden, labelled)
+        return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(head.weight.dtype))
+
+
+def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:
+    """(N_all, D) rows of R W -> dX, in place; ``coefficient`` (N,). Rows without a label keep their zeros."""
+    if layout.rows is not None:
+        full = coefficient.new_zeros(d_hidden.shape[0])
+        coefficient = full.index_copy_(0, layout.rows, coefficient)
+    products.scale_rows_(d_hidden, coefficient)

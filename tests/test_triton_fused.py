@@ -1,0 +1,71 @@
+"""The "fused" plan on the Triton kernels, through the public functions: few cases, as the interpreter is slow.
+
+`test_fused.py` has the grid; here the real statistics meet the real residuals, seams and tails included.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import slime_fused as sf
+from slime_fused import reference
+from slime_fused.plan import FUSED_LEAST_COLS
+from tests.support import assert_as_exact_as_plain, make_batch, pack
+from tests.triton_support import INTERPRETING, skip_unless_kernels_run
+
+skip_unless_kernels_run()
+if not INTERPRETING:
+    pytest.skip("these batches are on the CPU; on a GPU see test_gpu.py", allow_module_level=True)
+
+CASES = {
+    # name -> (function, options, operation, dtype, wanted, batch options)
+    "slime_float32": ("slime_loss", {"shift": True}, "slime", torch.float32, ("hidden", "weight"), {}),
+    "slime_bfloat16": (
+        "slime_loss",
+        {"logit_softcap": 8.0, "logit_scale": 1.5},
+        "slime",
+        torch.bfloat16,
+        ("hidden", "weight", "bias"),
+        {"has_bias": True},
+    ),
+    "cross_entropy_float16": (
+        "linear_cross_entropy",
+        {"label_smoothing": 0.1, "z_loss": 0.01},
+        "cross_entropy",
+        torch.float16,
+        ("hidden", "weight"),
+        {},
+    ),
+    "logprobs_bfloat16": ("linear_logprobs", {}, "token", torch.bfloat16, ("weight",), {"ignore_index": 3}),
+    "evaluation": ("slime_loss", {}, "slime", torch.bfloat16, (), {"has_bias": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_public_functions(case):
+    function, options, operation, dtype, wanted, batch_options = CASES[case]
+    batch = make_batch(
+        (5, 7, 8, 6), vocab_size=2 * FUSED_LEAST_COLS + 133, hidden_size=24, dtype=dtype, **batch_options
+    )
+    batch = pack(batch) if case == "slime_float32" else batch
+    leaves = batch.leaves(wanted)
+    how = {k: v for k, v in options.items() if k in ("shift", "logit_scale", "logit_softcap")}
+    how |= {"loss": operation, "backend": "triton"}
+    problem = leaves.call(sf.explain_plan, **how).problem
+    workspace = max(problem.rows * FUSED_LEAST_COLS * problem.itemsize, problem.row_bytes)
+    if not wanted:
+        workspace //= 2
+    plan = leaves.call(sf.explain_plan, workspace=workspace, **how)
+    assert plan.kind == "fused", plan
+    assert plan.blocks == (3 if wanted else 0)
+    assert_as_exact_as_plain(
+        getattr(sf, function),
+        getattr(reference, function),
+        batch,
+        options=options,
+        wanted=wanted,
+        backend="triton",
+        workspace=workspace,
+        roundings=2,
+    )
