@@ -248,13 +248,22 @@ def _build_ours_logps(case: Case, data: Data) -> Step:
     return differentiate(data, loss)
 
 
-def _build_ours_mean(case: Case, data: Data) -> Step:
-    def loss() -> Tensor:
-        return slime_fused.linear_cross_entropy(
-            data.hidden, data.weight, data.labels, workspace=case.workspace or "auto"
-        )
+def ours_mean(
+    name: str, backend: str = "auto", workspace: int | str | None = None, note: str = "", family: str = "ours"
+) -> Contestant:
+    """`slime_fused.linear_cross_entropy`; ``workspace`` None takes the case's."""
 
-    return differentiate(data, loss)
+    def build(case: Case, data: Data) -> Step:
+        space = workspace if workspace is not None else case.workspace or "auto"
+
+        def loss() -> Tensor:
+            return slime_fused.linear_cross_entropy(
+                data.hidden, data.weight, data.labels, backend=backend, workspace=space
+            )
+
+        return differentiate(data, loss)
+
+    return Contestant(name, family, "cross_entropy", build, note or "mean linear_cross_entropy")
 
 
 OURS = (
@@ -262,10 +271,34 @@ OURS = (
     ours("slime_fused-auto", workspace="auto", note='slime_loss, workspace="auto"'),
     ours("slime_fused-256MiB", workspace="256MiB", note='slime_loss, workspace="256MiB"'),
     Contestant("slime_fused-logps", "ours", "slime", _build_ours_logps, "linear_logprobs, SLIME terms in PyTorch"),
-    Contestant("ce-slime_fused", "ours", "cross_entropy", _build_ours_mean, "mean linear_cross_entropy"),
+    ours_mean("ce-slime_fused"),
 )
 # One process each: a fault in one backend must not take the other's rows with it.
 OURS_BACKENDS = tuple(
     ours(f"slime_fused-{backend}", backend=backend, family=f"ours-{backend}")
     for backend in ("cuda", "triton", "torch")
+)
+
+# Where fewer rows than `plan.FUSED_BELOW_ROWS` fit, backends with linear_stats take the plan "fused"; the other's
+# plans at that workspace are the yardstick: "resweep" for slime_loss, "stream" in small chunks for the mean loss.
+SMALL_WORKSPACE = "128MiB"
+OURS_SMALL = tuple(
+    contestant
+    for backend, plans in (("triton", ("fused", "fused")), ("cuda", ("resweep", "stream")))
+    for contestant in (
+        ours(
+            f"slime_fused-{backend}-{SMALL_WORKSPACE}",
+            backend,
+            SMALL_WORKSPACE,
+            f'slime_loss, backend="{backend}", workspace="{SMALL_WORKSPACE}" (plan {plans[0]})',
+            f"ours-{backend}",
+        ),
+        ours_mean(
+            f"ce-slime_fused-{backend}-{SMALL_WORKSPACE}",
+            backend,
+            SMALL_WORKSPACE,
+            f'mean linear_cross_entropy, backend="{backend}", workspace="{SMALL_WORKSPACE}" (plan {plans[1]})',
+            f"ours-{backend}",
+        ),
+    )
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.cases import ALL_CASES, GPU_CASES, HEADLINE, Case
+from bench.contestants import OURS_SMALL
 from bench.registry import CONTESTANTS, families
 from bench.report import format_rows
 from bench.results import FAILED, UNSUPPORTED, Row, describe_machine, machine_slug, write_run
@@ -52,7 +53,12 @@ _PEERS_HEADLINE = (
     "ce-quack",
     "liger-scaled",
 )
-_BACKENDS = ("slime_fused-cuda", "slime_fused-triton", "slime_fused-torch")
+_BACKENDS = (
+    "slime_fused-cuda",
+    "slime_fused-triton",
+    "slime_fused-torch",
+    *(contestant.name for contestant in OURS_SMALL),
+)
 _SHORT = ("slime_fused", "slime_fused-auto", "naive", "trl-fused-head")
 _PEERS_SHORT = ("cce", "liger-ce-none", "simpo-liger", "simpo-slime_fused")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bench.contestants import BASELINES, OURS, OURS_BACKENDS, PRODUCTS
+from bench.contestants import BASELINES, OURS, OURS_BACKENDS, OURS_SMALL, PRODUCTS
 from bench.peers import OURS_SIMPO, PEERS
 
-CONTESTANTS = {c.name: c for c in (PRODUCTS, *BASELINES, *OURS, *OURS_BACKENDS, OURS_SIMPO, *PEERS)}
+CONTESTANTS = {c.name: c for c in (PRODUCTS, *BASELINES, *OURS, *OURS_BACKENDS, *OURS_SMALL, OURS_SIMPO, *PEERS)}
 
 
 def families(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -14,10 +14,12 @@ import pytest
 
 from bench import cpu, gpu
 from bench.cases import GPU_CASES, HEADLINE
+from bench.contestants import SMALL_WORKSPACE
 from bench.registry import CONTESTANTS
 from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
+from slime_fused.plan import Problem, make_plan, parse_bytes
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -145,6 +147,32 @@ def test_default_heats_begin_with_the_headline_and_cover_every_case():
     covered = {case.name for heat in heats for case in heat.cases if "slime_fused" in heat.contestants}
     assert covered == {case.name for case in GPU_CASES}
     assert all(name in CONTESTANTS for heat in heats for name in heat.contestants)
+
+
+@pytest.mark.parametrize("operation", ["slime", "cross_entropy"])
+def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(operation):
+    """The contestants' notes name the plan of each backend; here the planner is asked."""
+    measured = {name for heat in gpu.default_heats() if HEADLINE in heat.cases for name in heat.contestants}
+    prefix = "ce-" if operation == "cross_entropy" else ""
+    for backend, row_bytes in (("triton", 12 * (HEADLINE.vocab // 128)), ("cuda", 0)):
+        name = f"{prefix}slime_fused-{backend}-{SMALL_WORKSPACE}"
+        assert name in measured
+        pair = 2 * HEADLINE.valid_per_sequence
+        problem = Problem(
+            operation,
+            HEADLINE.valid_tokens,
+            HEADLINE.hidden,
+            HEADLINE.vocab,
+            HEADLINE.torch_dtype.itemsize,
+            want_hidden=True,
+            want_weight=True,
+            want_bias=False,
+            pair_rows=(pair,) * HEADLINE.pairs if operation == "slime" else (),
+            linear_stats_row_bytes=row_bytes,
+        )
+        plan = make_plan(problem, parse_bytes(SMALL_WORKSPACE))
+        assert f"(plan {plan.kind})" in CONTESTANTS[name].note
+        assert (plan.kind == "fused") == (backend == "triton")
 
 
 def test_selection_restricts_cases_and_contestants():
