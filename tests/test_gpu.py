@@ -204,6 +204,49 @@ def test_peak_memory_is_what_the_plan_says():
     assert peak <= 1.05 * plan.workspace + plan.accumulator_bytes + gradients
 
 
+@pytest.mark.parametrize("has_head_gradient", [True, False])
+def test_fused_plan(has_head_gradient):
+    """Numbers as plain PyTorch, memory as the plan says: no (N x V) buffer and no float32 dW."""
+    triton = get_backend("triton")
+    if not triton.available()[0]:
+        pytest.skip(triton.available()[1])
+    hidden, weight, labels = (t.to(DEVICE) for t in problem(pairs=4, length=300, hidden_size=512, vocab=32003))
+    options = {"backend": "triton", "workspace": "8MiB"}
+    hidden.requires_grad_(has_head_gradient)
+    weight.requires_grad_(has_head_gradient)
+
+    def step():
+        out = sf.slime_loss(hidden, weight, labels, **options)
+        if has_head_gradient:
+            out.loss.backward()
+        gradients, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
+        return out.loss.detach(), gradients
+
+    plan = sf.explain_plan(hidden, weight, labels, **options)
+    assert plan.kind == "fused", plan
+    step()  # cuBLAS takes its own workspace once, and Triton compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, gradients = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    wanted = (hidden, weight) if has_head_gradient else ()
+    returned = sum(t.numel() * t.element_size() for t in wanted)
+    # Vectors of rows, and the allocator's rounding of each.
+    assert peak <= plan.workspace_bytes + plan.scratch_bytes + returned + (1 << 20), plan
+
+    if not has_head_gradient:
+        expected = reference.slime_loss(hidden, weight, labels).loss
+        assert relative_error(loss, expected.cpu().double()) < torch.finfo(torch.bfloat16).eps
+        return
+    truth = run(reference, (hidden.double(), weight.double(), labels))
+    plain = run(reference, (hidden, weight, labels))
+    for got, naive, true in zip((loss, *gradients), plain, truth, strict=True):
+        true = true.cpu()
+        assert relative_error(got, true) <= relative_error(naive, true) + torch.finfo(torch.bfloat16).eps / 4
+
+
 def test_out_of_memory_leaves_everything_usable():
     tensors = [t.to(DEVICE) for t in problem(pairs=32, length=257, hidden_size=64, vocab=128256)]
     expected = run(sf, tensors, workspace="256MiB")
