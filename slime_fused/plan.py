@@ -265,8 +265,8 @@ def _plan_fused(other: Plan) -> Plan | None:
     if not block_cols:
         return None
     if other.kind == "resweep" and p.wants_head_gradient:
-        reason = f"{other.reason}; blocks of {block_cols} columns need no float32 dW"
-    elif other.accumulator_bytes and _accumulates_less(block_cols, other.chunk_rows):
+        reason = f"{other.reason}; backward goes by blocks of {block_cols} columns"
+    elif other.accumulator_bytes and _accumulates_less(block_cols if p.want_hidden else None, other.chunk_rows):
         reason = f"{len(other.chunks)} chunks of at most {other.chunk_rows} rows would each add to a float32 dW"
     else:
         # With the head frozen the row plans take two products, this one three.
@@ -274,9 +274,9 @@ def _plan_fused(other: Plan) -> Plan | None:
     return Plan("fused", p, chunks, workspace, reason, block_cols)
 
 
-def _accumulates_less(block_cols: int, chunk_rows: int) -> bool:
-    """Whether a product more and a float32 dX over blocks cost less than a float32 dW over chunks."""
-    return FUSED_BELOW_ROWS / chunk_rows > 1 + FUSED_BELOW_ROWS / block_cols
+def _accumulates_less(block_cols: int | None, chunk_rows: int) -> bool:
+    """Whether a product more and a float32 dX (unless None) over blocks cost less than a float32 dW over chunks."""
+    return FUSED_BELOW_ROWS / chunk_rows > 1 + (FUSED_BELOW_ROWS / block_cols if block_cols else 0)
 
 
 def _block_cols(problem: Problem, workspace: int) -> int:

@@ -10,14 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 
 import slime_fused as sf
+import slime_fused.backends as registry
+import slime_fused.plan as planner
 from slime_fused import products, reference, vocab_sweep
 from slime_fused.backends.base import LinearStatsBackend
 from slime_fused.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan
-from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
+from tests.linear_stats_backend import TorchWithLinearStats, linear_stats_backend  # noqa: F401
 from tests.measure import memory_of
 from tests.support import DTYPES, Batch, assert_as_exact_as_plain, make_batch, pack, run
+from tests.test_properties import assert_same, cases
 
 VOCAB = 2 * FUSED_LEAST_COLS + 133
 LENGTHS = (9, 12, 14, 11)
@@ -322,6 +327,25 @@ def test_the_sweep_writes_the_weight_gradient_once_and_in_its_own_dtype(backend,
     assert [dtype for dtype, _, _ in written] == [torch.bfloat16] * plan.blocks
     assert all(is_first for _, _, is_first in written)
     assert sum(rows for _, rows, _ in written) == VOCAB
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(), name=st.sampled_from(["slime", "logprobs", "sequence"]), least=st.sampled_from([1, 3, 8]))
+def test_any_layout_is_the_reference(case, name, least):
+    """Labels in gaps, any number of rows, columns and bytes; blocks as narrow as ``least``."""
+    function, own, operation = FUNCTIONS[name]
+    backend = TorchWithLinearStats()
+    options = {**own, "logit_softcap": case.softcap}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "get_backend", lambda _: backend)
+        patch.setattr(planner, "FUSED_LEAST_COLS", least)
+        patch.setattr(planner, "FUSED_COL_MULTIPLE", least)
+        how = {"backend": "torch", "workspace": case.workspace}
+        plan = case.batch.leaves().call(sf.explain_plan, loss=operation, logit_softcap=case.softcap, **how)
+        event(f"{plan.kind}, {min(plan.blocks, 3)} blocks")
+        got = run(getattr(sf, function), case.batch, **options, **how)
+    assert (backend.calls > 0) == (plan.kind == "fused")
+    assert_same(got, run(getattr(reference, function), case.batch, **options))
 
 
 def test_explain_plan_says_fused_for_what_runs(backend):

@@ -84,6 +84,8 @@ def test_in_place_of_a_stream_of_small_chunks(operation, wanted):
     assert plan_of(FUSED_BELOW_ROWS * 15 / 16 - 64, **changes).kind == "fused"
     assert plan_of(FUSED_BELOW_ROWS, **changes).kind == "stream"
     assert plan_of(100, **changes, linear_stats_row_bytes=0).kind == "stream"
+    if "hidden" not in wanted:
+        assert plan_of(FUSED_BELOW_ROWS - 1, **changes).kind == "fused"
     # One chunk accumulates nothing.
     assert plan_of(512, **{**changes, "pair_rows": (512,), "rows": 512}).kind == "stream"
 
@@ -93,6 +95,7 @@ def test_not_where_adding_to_d_hidden_costs_as_much():
     changes = {"operation": "cross_entropy", "rows": 65536, "vocab_size": 32768, "linear_stats_row_bytes": 3072}
     assert plan_of(512, **changes).kind == "stream"
     assert plan_of(512, **{**changes, "rows": 4096}).kind == "fused"
+    assert plan_of(512, **changes, **wants("weight")).kind == "fused", "no dX to add to"
 
 
 @pytest.mark.parametrize("itemsize", [4, 8])
@@ -142,7 +145,7 @@ def test_the_printed_plan_tells_the_numbers():
     plan = plan_of(500)
     text = str(plan)
     assert "plan         fused: the largest pair has 2048 rows, the workspace holds 500" in text
-    assert "no float32 dW" in text
+    assert f"backward goes by blocks of {plan.block_cols} columns" in text
     assert "chunks       1 of at most 8192 rows (statistics; no logits are written)" in text
     assert f"blocks       17 of at most {plan.block_cols} columns x 8192 rows (backward)" in text
     assert f"workspace    {format_bytes(plan.workspace_bytes)} of {format_bytes(plan.workspace)}" in text
