@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	SLIME_FUSED_CUDA=OFF $(BIN)/python -m pip install --quiet --editable '.[dev]' 'cmake>=3.25' ninja 'pybind11>=2.13'
+	SLIME_FUSED_CUDA=OFF $(BIN)/python -m pip install --quiet --editable '.[dev,cuda12]' 'cmake>=3.25' ninja 'pybind11>=2.13'
 	touch $@
 
 # The native module, incrementally. CUDA kernels too where nvcc is found, for one architecture to keep it short;

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import cuda12
+
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 KERNELS = {
@@ -69,6 +71,16 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
+def check_usage(source: str, usages: list[Usage], architectures: set[str]) -> None:
+    """Every kernel of the source was compiled for every architecture, in registers alone."""
+    for kernel in KERNELS[source]:
+        found = [usage for usage in usages if re.search(rf"\d{kernel}", usage.kernel)]
+        assert {usage.arch for usage in found} == architectures, f"{kernel} was not compiled for all of them"
+        allowed = PRINTF_BYTES if kernel in REPORTING_KERNELS else 0
+        wasteful = [u for u in found if u.spilled or u.stack > allowed or u.registers > MOST_REGISTERS]
+        assert not wasteful, f"local memory or too many registers: {wasteful}"
+
+
 def test_the_report_is_read_right() -> None:
     # Two kernels and a called function, whose own stack must not be charged to the kernel before it.
     log = """
@@ -103,10 +115,17 @@ def test_no_kernel_spills_on_any_architecture(source: str, tmp_path: Path) -> No
     assert built.returncode == 0, log[-4000:]
     assert "warning" not in log, log
 
-    usages = parse_usage(log)
-    for kernel in KERNELS[source]:
-        found = [usage for usage in usages if re.search(rf"\d{kernel}", usage.kernel)]
-        assert {usage.arch for usage in found} == set(ARCHITECTURES), f"{kernel} was not compiled for all of them"
-        allowed = PRINTF_BYTES if kernel in REPORTING_KERNELS else 0
-        wasteful = [u for u in found if u.spilled or u.stack > allowed or u.registers > MOST_REGISTERS]
-        assert not wasteful, f"local memory or too many registers: {wasteful}"
+    check_usage(source, parse_usage(log), set(ARCHITECTURES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(KERNELS))
+def test_no_kernel_spills_with_cuda_12(source: str, tmp_path: Path) -> None:
+    """CUDA 12's own optimiser and assembler, without the host side; 12.4, which ends at sm_90."""
+    if cuda12.missing():
+        pytest.skip(f"the extra cuda12 is not installed: {cuda12.missing()}")
+    targets = set(ARCHITECTURES) & cuda12.architectures()
+    assert "90" in targets
+    for arch in sorted(targets):
+        log = cuda12.assemble(cuda12.compile_ptx(SOURCES / source, arch), arch, tmp_path)
+        check_usage(source, parse_usage(log), {arch})
