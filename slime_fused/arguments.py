@@ -9,6 +9,7 @@ from slime_fused import checks
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.calls import HeadOptions
 from slime_fused.config import SlimeLossConfig
+from slime_fused.distributed import group_name
 from slime_fused.layout import shift_labels
 
 
@@ -24,10 +25,13 @@ def prepare_arguments(
     logit_softcap: float | None,
     backend: str,
     workspace: int | str,
+    tp_group: object = None,
+    cp_group: object = None,
+    dp_group: object = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
     """Cast under autocast, then check everything that shows without reading values."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    checks.check_linear(hidden, weight, labels, bias, cu_seqlens)
+    checks.check_linear(hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None)
     checks.check_transform(logit_scale, logit_softcap)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
     options = HeadOptions(
@@ -37,7 +41,15 @@ def prepare_arguments(
         None if logit_softcap is None else float(logit_softcap),
         backend,
         workspace,
+        group_name("tp_group", tp_group),
+        group_name("cp_group", cp_group),
+        group_name("dp_group", dp_group),
     )
+    if options.cp_group is not None and options.shift:
+        raise ValueError(
+            "shift: expected False with cp_group (the label of a process's last token may lie on another one: "
+            "shift the labels before they are split), got True"
+        )
     return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, HeadTransform, LinearStatsBackend, TokenLoss
+from slime_fused.backends.base import HeadTransform, LinearStatsBackend, TokenLoss
 from slime_fused.checks import check_pairs
+from slime_fused.distributed import ContextShard, VocabShard, find_group
 from slime_fused.engine import Head
 from slime_fused.layout import TokenLayout, require_responses, resolve_layout
 from slime_fused.plan import Operation, Plan, Problem, make_plan, resolve_workspace
@@ -25,6 +26,10 @@ class HeadOptions:
     logit_softcap: float | None = None
     backend: str = "auto"
     workspace: int | str = "auto"
+    tp_group: str | None = None
+    """Groups go by name, so that an operator's schema can hold them."""
+    cp_group: str | None = None
+    dp_group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ class Call:
     head: Head
     layout: TokenLayout
     plan: Plan
+    context: ContextShard | None = None
+    """Which tokens of the sequences these are, where several processes share them."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Labelled tokens of every sequence, over all processes that hold some."""
+        return self.layout.lengths if self.context is None else self.context.total_lengths
 
 
 def prepare_call(
@@ -74,16 +86,26 @@ def prepare_call(
     here (ValueError).
     """
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
-    layout = resolve_layout(
-        labels,
-        cu_seqlens,
-        vocab_size=weight.shape[0],
-        shift=options.shift,
-        ignore_index=options.ignore_index,
-    )
+    tp_group, cp_group = find_group(options.tp_group), find_group(options.cp_group)
+    shard = None if tp_group is None else VocabShard.of(hidden, weight, tp_group)
+
+    def resolve() -> TokenLayout:
+        return resolve_layout(
+            labels,
+            cu_seqlens,
+            vocab_size=weight.shape[0] if shard is None else shard.vocab_size,
+            shift=options.shift,
+            ignore_index=options.ignore_index,
+        )
+
+    context = None
+    if cp_group is None:
+        layout = resolve()
+    else:
+        layout, context = ContextShard.of(resolve, cp_group, hidden.device)
     if operation == "slime":
         check_pairs(len(layout.lengths))
-        require_responses(layout.lengths)
+        require_responses(layout.lengths if context is None else context.total_lengths)
     head = Head(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
@@ -91,36 +113,40 @@ def prepare_call(
         transform=HeadTransform(options.logit_scale, options.logit_softcap),
         token_loss=token_loss,
         backend=backend,
+        shard=shard,
     )
-    problem = make_problem(operation, layout, hidden, weight, wants, backend, keeps_residual=keeps_residual)
+    problem = make_problem(operation, head, layout, wants, context, keeps_residual=keeps_residual)
     workspace = resolve_workspace(options.workspace, problem, is_gpu=hidden.device.type != "cpu")
-    return Call(head, layout, make_plan(problem, workspace))
+    return Call(head, layout, make_plan(problem, workspace), context)
 
 
 def make_problem(
     operation: Operation,
+    head: Head,
     layout: TokenLayout,
-    hidden: Tensor,
-    weight: Tensor,
     wants: Wants,
-    backend: Backend,
+    context: ContextShard | None,
     *,
     keeps_residual: bool = True,
 ) -> Problem:
-    """The planner's view of a call."""
+    """The planner's view of a call, the same on all processes that share it: their chunks must meet."""
     pairs = len(layout.lengths) // 2 if operation == "slime" else 0
+    lengths = layout.lengths if context is None else context.largest_lengths
+    weight, backend = head.weight, head.backend
     return Problem(
         operation=operation,
         rows=layout.num_rows,
-        hidden_size=hidden.shape[-1],
-        vocab_size=weight.shape[0],
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0] if head.shard is None else head.shard.largest,
         itemsize=weight.element_size(),
         want_hidden=wants.hidden,
         want_weight=wants.weight,
         want_bias=wants.bias,
-        pair_rows=tuple(layout.lengths[i] + layout.lengths[pairs + i] for i in range(pairs)),
+        pair_rows=tuple(lengths[i] + lengths[pairs + i] for i in range(pairs)),
         keeps_residual=keeps_residual,
         linear_stats_row_bytes=(
-            backend.linear_stats_row_bytes(weight) if isinstance(backend, LinearStatsBackend) else 0
+            backend.linear_stats_row_bytes(weight)
+            if isinstance(backend, LinearStatsBackend) and head.shard is None and context is None
+            else 0
         ),
     )

@@ -14,9 +14,18 @@ _LABEL_DTYPES = (torch.int64, torch.int32)
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    is_shard: bool = False,
 ) -> None:
-    """Refuse tensors that do not make a linear head over labelled tokens. Raises TypeError or ValueError."""
+    """Refuse tensors that do not make a linear head over labelled tokens. Raises TypeError or ValueError.
+
+    Where ``weight`` is a shard (``is_shard``), whether it has a row is left to those who know the other shards.
+    """
     _require_tensor("hidden", hidden)
     _require_tensor("weight", weight)
     _require_tensor("labels", labels)
@@ -31,7 +40,7 @@ def check_linear(
             f"weight: expected (V, D) with D = {hidden.shape[-1]} (the last dimension of hidden), "
             f"got shape {_shape(weight)}"
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if weight.shape[1] == 0 or (weight.shape[0] == 0 and not is_shard):
         raise ValueError(f"weight: expected at least one row and one column, got shape {_shape(weight)}")
     _require_dtype("weight", weight, hidden)
     _require_device("weight", weight, hidden)

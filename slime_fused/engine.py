@@ -19,8 +19,10 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.distributed import VocabShard
 from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan
+from slime_fused.plan import Plan, padded_cols
+from slime_fused.stats import TokenStats, VocabStats
 
 
 @dataclass(frozen=True)
@@ -36,50 +38,18 @@ class Head:
     transform: HeadTransform
     token_loss: TokenLoss
     backend: Backend
+    shard: VocabShard | None = None
+    """Which columns of the logits these are, where several processes share the head."""
 
+    @property
+    def col_offset(self) -> int:
+        """Index in the vocabulary of the first row of ``weight``."""
+        return 0 if self.shard is None else self.shard.offset
 
-@dataclass(frozen=True)
-class TokenStats:
-    """What a forward pass knows of each labelled row: three (N,) tensors in acc dtype."""
-
-    lse: Tensor
-    logp: Tensor
-    loss: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
-        """Uninitialised, for ``rows`` rows of ``hidden``."""
-        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(3)))
-
-
-@dataclass(frozen=True)
-class VocabStats:
-    """What a backend says of (M,) rows of logits, in acc dtype: see `Backend.logits_stats`."""
-
-    row_max: Tensor
-    row_sum: Tensor
-    label_logit: Tensor
-    logit_sum: Tensor | None
-    """None where the loss does not need it."""
-
-    @classmethod
-    def empty(cls, rows: Tensor, token_loss: TokenLoss) -> VocabStats:
-        """Uninitialised, for the (M, ...) ``rows``."""
-        shape = (4 if token_loss.label_smoothing else 3, rows.shape[0])
-        row_max, row_sum, label_logit, *logit_sum = rows.new_empty(shape, dtype=acc_dtype(rows.dtype)).unbind()
-        return cls(row_max, row_sum, label_logit, logit_sum[0] if logit_sum else None)
-
-    def finish(self, token_loss: TokenLoss, vocab_size: int) -> TokenStats:
-        """Log-probs and losses, written over these statistics, which are those of the whole vocabulary."""
-        log_sum = self.row_sum.log_()
-        logp = self.label_logit.sub_(self.row_max).sub_(log_sum)
-        lse = log_sum.add_(self.row_max)
-        loss = (token_loss.label_smoothing - 1) * logp
-        if self.logit_sum is not None:
-            loss += token_loss.label_smoothing * (lse - self.logit_sum / vocab_size)
-        if token_loss.z_loss:
-            loss += token_loss.z_loss * lse**2
-        return TokenStats(lse, logp, loss)
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole head."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
 
 
 @dataclass(frozen=True)
@@ -164,11 +134,11 @@ class ChunkEngine:
         """(M, V) raw logits of a chunk; they live until the next call."""
         hidden = rows.take(self.head.hidden)
         if self._buffer is None:
-            p = self.plan.problem
-            padded = hidden.new_empty(self.plan.chunk_rows, p.row_pitch)
+            cols = self.head.weight.shape[0]
+            padded = hidden.new_empty(self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
             # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
-            padded[:, p.vocab_size :] = 0
-            self._buffer = padded[:, : p.vocab_size]
+            padded[:, cols:] = 0
+            self._buffer = padded[:, :cols]
         logits = self._buffer[: hidden.shape[0]]
         products.write_logits(hidden, self.head.weight, logits)
         return logits
@@ -179,22 +149,25 @@ class ChunkEngine:
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
         """Statistics of a chunk without its residual."""
-        head = self.head
-        targets = rows.of_labelled(self.targets)
-        chunk = token_stats(head.backend, self.logits(rows), targets, head.bias, head.transform, head.token_loss)
-        write_stats(rows, chunk, out)
+        write_stats(rows, self._stats_of(self.logits(rows), rows), out)
 
     def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
         """(M, V) residual of a chunk; its statistics go to ``out``."""
-        logits = self.logits(rows)
+        head, logits = self.head, self.logits(rows)
+        if head.shard is not None:
+            # One visit cannot see the row: the others' statistics come first.
+            stats = self._stats_of(logits, rows)
+            write_stats(rows, stats, out)
+            self._write_residual(logits, rows, stats)
+            return logits
         chunk = TokenStats.empty(logits.shape[0], logits)
-        self.head.backend.softmax_residual(
+        head.backend.softmax_residual(
             logits,
             logits,
             rows.of_labelled(self.targets),
-            self.head.bias,
-            self.head.transform,
-            self.head.token_loss,
+            head.bias,
+            head.transform,
+            head.token_loss,
             lse=chunk.lse,
             logp=chunk.logp,
             loss=chunk.loss,
@@ -205,26 +178,43 @@ class ChunkEngine:
     def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
         """As `residual`, where the statistics are known from an earlier pass."""
         logits = self.logits(rows)
-        self.head.backend.residual_from_stats(
+        self._write_residual(
+            logits, rows, TokenStats(*(rows.of_labelled(x) for x in (known.lse, known.logp, known.loss)))
+        )
+        return logits
+
+    def _stats_of(self, logits: Tensor, rows: RowSet) -> TokenStats:
+        head, targets = self.head, rows.of_labelled(self.targets)
+        stats = VocabStats.of_logits(
+            head.backend, logits, targets, head.bias, head.transform, head.token_loss, col_offset=head.col_offset
+        )
+        if head.shard is not None:
+            head.shard.merge(stats)
+        return stats.finish(head.token_loss, head.vocab_size)
+
+    def _write_residual(self, logits: Tensor, rows: RowSet, stats: TokenStats) -> None:
+        head = self.head
+        head.backend.residual_from_stats(
             logits,
             logits,
             rows.of_labelled(self.targets),
-            self.head.bias,
-            self.head.transform,
-            self.head.token_loss,
-            col_offset=0,
-            vocab_size=logits.shape[1],
-            lse=rows.of_labelled(known.lse),
-            logp=rows.of_labelled(known.logp),
+            head.bias,
+            head.transform,
+            head.token_loss,
+            col_offset=head.col_offset,
+            vocab_size=head.vocab_size,
+            lse=stats.lse,
+            logp=stats.logp,
             row_scale=None,
         )
-        return logits
 
     def add_hidden_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor | None) -> None:
         """Rows of dX = c * (R W); R W alone where c is not known yet."""
         if self.d_hidden is None:
             return
         value = products.residual_times_weight(residual, self.head.weight)
+        if self.head.shard is not None:
+            value = self.head.shard.add_up(value)
         if coefficient is not None:
             products.scale_rows_(value, coefficient)
         rows.put(self.d_hidden, value)
@@ -243,7 +233,7 @@ class ChunkEngine:
             products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
         if p.want_bias:
             if self.d_bias is None:
-                self.d_bias = weight.new_zeros(p.vocab_size, dtype=acc_dtype(weight.dtype))
+                self.d_bias = weight.new_zeros(weight.shape[0], dtype=acc_dtype(weight.dtype))
             products.add_bias_grad(self.d_bias, residual, coefficient)
 
     def gradients(self) -> Gradients:
@@ -254,7 +244,7 @@ class ChunkEngine:
         if p.want_weight and d_weight is None:
             d_weight = weight.new_zeros(weight.shape)
         if p.want_bias and d_bias is None:
-            d_bias = weight.new_zeros(p.vocab_size)
+            d_bias = weight.new_zeros(weight.shape[0])
         return Gradients(
             self.d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -265,28 +255,3 @@ class ChunkEngine:
 def join(pieces: list[Tensor]) -> Tensor:
     """Concatenate, without a copy where there is one piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def token_stats(
-    backend: Backend,
-    logits: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: HeadTransform,
-    token_loss: TokenLoss,
-) -> TokenStats:
-    """Statistics and losses of (M, V) raw logits that stay as they are. A row without a label gets numbers too."""
-    stats = VocabStats.empty(logits, token_loss)
-    backend.logits_stats(
-        logits,
-        labels,
-        bias,
-        transform,
-        col_offset=0,
-        row_max=stats.row_max,
-        row_sum=stats.row_sum,
-        label_logit=stats.label_logit,
-        logit_sum=stats.logit_sum,
-        merge=False,
-    )
-    return stats.finish(token_loss, logits.shape[1])

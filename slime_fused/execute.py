@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends.base import Backend, SlimeWeights
-from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, TokenStats, join
+from slime_fused.distributed import BatchShare, ContextShard
+from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, join
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
+from slime_fused.stats import TokenStats
 from slime_fused.sweeps import plan_sweep, row_sets
 
 
@@ -28,15 +30,25 @@ class SlimePairs:
 
 
 def slime_forward(
-    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+    head: Head,
+    layout: TokenLayout,
+    plan: Plan,
+    weights: SlimeWeights,
+    grad_scale: float,
+    context: ContextShard | None = None,
 ) -> tuple[SlimePairs, Gradients]:
     """The SLIME loss by pair and, where wanted, ``grad_scale`` times the gradients of its sum."""
     run = _slime_stream if plan.kind == "stream" else _slime_sweep
-    return run(head, layout, plan, weights, grad_scale)
+    return run(head, layout, plan, weights, grad_scale, context)
 
 
 def _slime_stream(
-    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+    head: Head,
+    layout: TokenLayout,
+    plan: Plan,
+    weights: SlimeWeights,
+    grad_scale: float,
+    context: ContextShard | None,
 ) -> tuple[SlimePairs, Gradients]:
     """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
     num_pairs = len(layout.lengths) // 2
@@ -54,8 +66,9 @@ def _slime_stream(
         rows = RowSet(layout, spans)
         residual = engine.residual(rows, stats)
         size = 2 * (chunk.end - chunk.begin) + 1
-        chunk_bounds = bounds[first : first + size]
-        pairs, d_logp = slime_terms(head.backend, rows.of_labelled(stats.logp), chunk_bounds, weights, True)
+        logp, chunk_bounds = rows.of_labelled(stats.logp), bounds[first : first + size]
+        sequences = [side + i for side in (0, num_pairs) for i in range(chunk.begin, chunk.end)]
+        pairs, d_logp = _whole_terms(head.backend, logp, chunk_bounds, weights, True, context, sequences)
         first += size
         parts.append(pairs)
         if d_logp is not None:
@@ -67,13 +80,19 @@ def _slime_stream(
 
 
 def _slime_sweep(
-    head: Head, layout: TokenLayout, plan: Plan, weights: SlimeWeights, grad_scale: float
+    head: Head,
+    layout: TokenLayout,
+    plan: Plan,
+    weights: SlimeWeights,
+    grad_scale: float,
+    context: ContextShard | None,
 ) -> tuple[SlimePairs, Gradients]:
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
     sweep = plan_sweep(head, layout, plan)
     sweep.forward()
     bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32).to(layout.targets.device)
-    pairs, d_logp = slime_terms(head.backend, sweep.stats.logp, bounds, weights, plan.problem.wants_gradient)
+    wants, sequences = plan.problem.wants_gradient, range(len(layout.lengths))
+    pairs, d_logp = _whole_terms(head.backend, sweep.stats.logp, bounds, weights, wants, context, sequences)
     if d_logp is None:
         return pairs, Gradients(None, None, None)
     return pairs, sweep.backward(d_logp.mul_(-grad_scale))
@@ -108,11 +127,10 @@ def _cross_entropy_stream(
     return stats.loss.sum(), engine.gradients()
 
 
-def slime_weights(lambdas: Sequence[float], reduction: str, lengths: Sequence[int]) -> SlimeWeights:
+def slime_weights(lambdas: Sequence[float], reduction: str, share: BatchShare) -> SlimeWeights:
     """Hyperparameters (in the order of `SlimeLossConfig`) with the normalisers of this batch."""
-    num_pairs = len(lengths) // 2
-    token_weight = 1 / sum(lengths[num_pairs:]) if reduction == "token" else 0.0
-    return SlimeWeights(*(*lambdas, 1 / num_pairs, token_weight))
+    token_weight = 1 / share.rejected_tokens if reduction == "token" else 0.0
+    return SlimeWeights(*(*lambdas, 1 / share.pairs, token_weight))
 
 
 def gradient_scale(dtype: torch.dtype, divisor: int) -> float:
@@ -144,6 +162,23 @@ def slime_terms(
         d_logp=d_logp,
     )
     return pairs, d_logp
+
+
+def _whole_terms(
+    backend: Backend,
+    logp: Tensor,
+    bounds: Tensor,
+    weights: SlimeWeights,
+    want_gradient: bool,
+    context: ContextShard | None,
+    sequences: Sequence[int],
+) -> tuple[SlimePairs, Tensor | None]:
+    """As `slime_terms`, from this process's tokens of ``sequences`` and their boundaries."""
+    if context is None:
+        return slime_terms(backend, logp, bounds, weights, want_gradient)
+    whole, whole_bounds, own = context.complete(logp, sequences)
+    pairs, d_logp = slime_terms(backend, whole, whole_bounds, weights, want_gradient)
+    return pairs, None if d_logp is None else d_logp.index_select(0, own)
 
 
 def _chunk_bounds(layout: TokenLayout, plan: Plan) -> Tensor:

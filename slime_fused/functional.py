@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from slime_fused import checks, library, op
 from slime_fused.arguments import config_numbers, config_or_default, label_counts, prepare_arguments
 from slime_fused.backends.base import TokenLoss
 from slime_fused.calls import Wants, prepare_call
 from slime_fused.config import SlimeLossConfig
+from slime_fused.distributed import BatchShare
 from slime_fused.execute import slime_weights
 from slime_fused.layout import response_lengths
 from slime_fused.op import SlimeParameters
@@ -37,6 +39,9 @@ def slime_loss(
     logit_softcap: float | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
+    cp_group: ProcessGroup | None = None,
+    dp_group: ProcessGroup | None = None,
 ) -> SlimeOutput:
     """The SLIME preference loss (arXiv 2602.02383) of a linear head, without materialised logits.
 
@@ -56,6 +61,13 @@ def slime_loss(
         backend: "auto", "cuda", "triton", "cpu" or "torch".
         workspace: "auto", bytes, or a string such as "512MiB": the most that logits-shaped buffers may take.
             Results do not depend on it beyond rounding.
+        tp_group: processes that hold the head's rows together, in order of rank: ``weight`` and ``bias`` are this
+            process's rows, all else is the same on each. Each gets the whole gradient of ``hidden``.
+        cp_group: processes that hold the tokens together: each gives its tokens of all S sequences (none of some,
+            if need be) and gets the whole loss, and the gradients of its own tokens: add those of the head up over
+            the group. ``shift`` the labels before they are split.
+        dp_group: processes that hold other pairs of the batch. The loss is normalised so that its mean over the
+            group, and that of the gradients, are the whole batch's, however unequal the parts.
 
     Returns:
         `SlimeOutput`; call ``.loss.backward()``. Gradients reach hidden, weight and bias, each only if it
@@ -79,6 +91,9 @@ def slime_loss(
         logit_softcap,
         backend,
         workspace,
+        tp_group,
+        cp_group,
+        dp_group,
     )
     if cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
@@ -114,6 +129,7 @@ def linear_logprobs(
     logit_softcap: float | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of every label, differentiable for any upstream gradient.
 
@@ -138,6 +154,7 @@ def linear_logprobs(
         logit_softcap,
         backend,
         workspace,
+        tp_group,
     )
 
 
@@ -155,6 +172,7 @@ def sequence_logprobs(
     logit_softcap: float | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probability of every sequence: the sum, or the mean, over its labelled tokens. Differentiable.
 
@@ -179,6 +197,7 @@ def sequence_logprobs(
         logit_softcap=logit_softcap,
         backend=backend,
         workspace=workspace,
+        tp_group=tp_group,
     )
     if cu_seqlens is None:
         sequences = math.prod(labels.shape[:-1])
@@ -208,6 +227,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy of a linear head: `torch.nn.functional.cross_entropy` of ``hidden @ weight.T``, fused.
 
@@ -242,6 +262,7 @@ def linear_cross_entropy(
             logit_softcap,
             backend,
             workspace,
+            tp_group,
         )
     hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
         hidden,
@@ -255,6 +276,7 @@ def linear_cross_entropy(
         logit_softcap,
         backend,
         workspace,
+        tp_group,
     )
     wants = Wants.of(hidden, weight, bias)
     mean = reduction == "mean"
@@ -298,7 +320,8 @@ def slime_terms(
     checks.check_cu_seqlens(cu_seqlens, logp.device)
     checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     lengths = response_lengths(cu_seqlens, logp.shape[0])
-    weights = slime_weights(config_numbers(config), config.stabilizer_reduction, lengths)
+    share = BatchShare.of(lengths, None, logp.device)
+    weights = slime_weights(config_numbers(config), config.stabilizer_reduction, share)
     wants = torch.is_grad_enabled() and logp.requires_grad
     outputs = op.SlimeTermsFunction.apply(
         logp.contiguous(), cu_seqlens.to(torch.int32).contiguous(), weights, backend, wants

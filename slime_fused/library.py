@@ -23,20 +23,20 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_s
 _TOKEN_LOSS = "float label_smoothing, float z_loss"
 _OPTIONS = (
     "bool shift, int ignore_index, float logit_scale, float? logit_softcap, str backend, str workspace, "
-    "bool want_hidden, bool want_weight, bool want_bias"
+    "str? tp_group, str? cp_group, str? dp_group, bool want_hidden, bool want_weight, bool want_bias"
 )
 
 
 def flat_options(options: HeadOptions, wants: Wants) -> tuple[Any, ...]:
-    """The values of the schemas' last nine arguments."""
+    """The values of the schemas' last twelve arguments."""
     o = options
     workspace = str(o.workspace)
     fields = (o.shift, o.ignore_index, o.logit_scale, o.logit_softcap, o.backend, workspace)
-    return *fields, wants.hidden, wants.weight, wants.bias
+    return *fields, o.tp_group, o.cp_group, o.dp_group, wants.hidden, wants.weight, wants.bias
 
 
 def _options(flat: tuple[Any, ...]) -> tuple[HeadOptions, Wants]:
-    return HeadOptions(*flat[:6]), Wants(*flat[6:])
+    return HeadOptions(*flat[:9]), Wants(*flat[9:])
 
 
 def _dense(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from slime_fused import checks
 from slime_fused.backends import BACKEND_NAMES, resolve_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss
-from slime_fused.engine import token_stats
 from slime_fused.layout import IGNORED, check_label_range
 from slime_fused.op import refuse_second_derivative
+from slime_fused.stats import VocabStats
 
 
 def cross_entropy(
@@ -92,7 +92,10 @@ class LogitsLossFunction(torch.autograd.Function):
     ) -> Tensor:
         """Statistics only; the logits stay as they are."""
         backend = resolve_backend(backend_name, logits.device, logits.dtype)
-        stats = token_stats(backend, _as_rows(logits), targets, None, head, token_loss)
+        rows = _as_rows(logits)
+        stats = VocabStats.of_logits(backend, rows, targets, None, head, token_loss).finish(
+            token_loss, rows.shape[1]
+        )
         ctx.save_for_backward(logits, targets, stats.lse, stats.logp)
         ctx.options = (backend, head, token_loss, inplace_backward)
         return stats.loss.masked_fill_(targets == IGNORED, 0)

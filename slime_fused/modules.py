@@ -16,7 +16,8 @@ class SlimeLoss(nn.Module):
 
     Args:
         config: the loss's hyperparameters; None takes the paper's.
-        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``backend``, ``workspace``.
+        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``backend``, ``workspace``,
+            ``tp_group``, ``cp_group``, ``dp_group``.
     """
 
     def __init__(self, config: SlimeLossConfig | None = None, **options: Any) -> None:
@@ -48,7 +49,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         **options: ``reduction``, ``label_smoothing``, ``z_loss``, ``shift``, ``ignore_index``, ``logit_scale``,
-            ``logit_softcap``, ``backend``, ``workspace``.
+            ``logit_softcap``, ``backend``, ``workspace``, ``tp_group``.
     """
 
     def __init__(self, **options: Any) -> None:

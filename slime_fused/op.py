@@ -20,8 +20,10 @@ from slime_fused import execute
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, SlimeWeights, TokenLoss, acc_dtype
 from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
-from slime_fused.engine import Gradients, TokenStats
+from slime_fused.distributed import BatchShare, find_group
+from slime_fused.engine import Gradients
 from slime_fused.execute import SlimePairs
+from slime_fused.stats import TokenStats
 from slime_fused.sweeps import plan_sweep
 
 
@@ -107,10 +109,10 @@ def run_slime(
     """(the six outputs of `SlimeLossFunction`, scaled gradients, backend, that scale)."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("slime", hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss())
-        weights = execute.slime_weights(parameters.numbers, parameters.reduction, call.layout.lengths)
-        lengths = call.layout.lengths
-        scale = execute.gradient_scale(hidden.dtype, len(lengths) // 2 * min(lengths))
-        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, scale)
+        share = BatchShare.of(call.lengths, find_group(options.dp_group), hidden.device)
+        weights = execute.slime_weights(parameters.numbers, parameters.reduction, share)
+        scale = execute.gradient_scale(hidden.dtype, len(call.lengths) // 2 * min(call.lengths))
+        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, scale, call.context)
         return loss_outputs(pairs), gradients, call.head.backend, scale
 
 

@@ -24,12 +24,11 @@ from slime_fused.engine import (
     Gradients,
     Head,
     RowSet,
-    TokenStats,
-    VocabStats,
     write_stats,
 )
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
+from slime_fused.stats import TokenStats, VocabStats
 from slime_fused.vocab_sweep import vocab_sweep_backward
 
 

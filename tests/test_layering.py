@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.calls", "slime_fused.execute"),
     ("slime_fused.sweeps",),
     ("slime_fused.engine",),
+    ("slime_fused.distributed",),
+    ("slime_fused.stats",),
     ("slime_fused.vocab_sweep",),
     ("slime_fused.products",),
     ("slime_fused.plan", "slime_fused.layout", "slime_fused.output", "slime_fused.checks"),

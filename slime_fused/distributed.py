@@ -1,0 +1,206 @@
+"""One loss on several processes: a head split by vocabulary, sequences split by tokens, batches split by pairs.
+
+========= ========================= ============================================== ==============================
+group     each process holds        what travels                                   gradients it gets
+========= ========================= ============================================== ==============================
+tp_group  rows [v0, v1) of W and b  3 numbers per row of logits, then R W          all of dX; its rows of dW, db
+cp_group  some tokens of every pair one log-prob per token                         dX of its tokens; their dW, db
+dp_group  some of the pairs         two counts                                     of its pairs
+========= ========================= ============================================== ==============================
+
+Everything else is the single-process path. Groups are carried by name, so that an operator's schema can hold them.
+Every process of a group must make the same call; what they must agree on is compared before any kernel runs, and
+each raises where they do not, so that none waits for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from slime_fused.layout import TokenLayout
+from slime_fused.stats import VocabStats
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This process's rows of a head that a group holds together."""
+
+    group: dist.ProcessGroup
+    offset: int
+    """Index in the vocabulary of this process's first row."""
+    vocab_size: int
+    """Of the whole head."""
+    largest: int
+    """Rows of the largest shard: what every process plans with, so that all take the same chunks."""
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup) -> VocabShard:
+        """Learn the others' sizes.
+
+        Raises ValueError, on every process, where ``hidden`` differs in shape or one holds no row of ``weight``.
+        """
+        rows, shard = hidden.numel() // hidden.shape[-1], weight.shape[0]
+        shapes = gather_ints([rows, hidden.shape[-1], shard], group, hidden.device)
+        for axis, name in enumerate(("rows", "columns")):
+            sizes = [shape[axis] for shape in shapes]
+            if len(set(sizes)) > 1:
+                raise ValueError(f"hidden: expected as many {name} on every process of tp_group, got {sizes}")
+        shards = [shape[2] for shape in shapes]
+        if min(shards) == 0:
+            raise ValueError(f"weight: expected at least one row on every process of tp_group, got {shards}")
+        return cls(group, sum(shards[: dist.get_rank(group)]), sum(shards), max(shards))
+
+    def merge(self, stats: VocabStats) -> None:
+        """Statistics of this shard's columns -> of the whole vocabulary, in place. Two reductions."""
+        largest = stats.row_max.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        # A shard whose logits are all -inf has the sum of no exponential.
+        share = torch.exp(stats.row_max - largest).masked_fill_(stats.row_max == -torch.inf, 0)
+        sums = [stats.row_sum.mul_(share), stats.label_logit]
+        if stats.logit_sum is not None:
+            sums.append(stats.logit_sum)
+        total = torch.stack(sums)
+        dist.all_reduce(total, group=self.group)
+        for own, value in zip(sums, total.unbind(), strict=True):
+            own.copy_(value)
+        stats.row_max.copy_(largest)
+
+    def add_up(self, partial: Tensor) -> Tensor:
+        """(M, D): this shard's part of R W -> all of it."""
+        total = partial.to(torch.promote_types(partial.dtype, torch.float32))
+        dist.all_reduce(total, group=self.group)
+        return total
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """This process's tokens of sequences that a group holds together."""
+
+    group: dist.ProcessGroup
+    lengths: tuple[tuple[int, ...], ...]
+    """[rank][sequence]: labelled tokens."""
+
+    @classmethod
+    def of(
+        cls, resolve: Callable[[], TokenLayout], group: dist.ProcessGroup, device: torch.device
+    ) -> tuple[TokenLayout, ContextShard]:
+        """This process's layout, and the others' lengths.
+
+        ``resolve`` forms the layout. What it raises is raised once the others know of it; they raise ValueError.
+        """
+        layout, error = None, None
+        try:
+            layout = resolve()
+        except ValueError as raised:
+            error = raised
+        counts = [-1 if layout is None else len(layout.lengths)]
+        sequences = [count for (count,) in gather_ints(counts, group, device)]
+        if error is not None:
+            raise error
+        assert layout is not None
+        if min(sequences) < 0:
+            raise ValueError(
+                f"cp_group: the labels of process {sequences.index(min(sequences))} of the group were refused there"
+            )
+        if len(set(sequences)) > 1:
+            raise ValueError(f"labels: expected as many sequences on every process of cp_group, got {sequences}")
+        return layout, cls(group, tuple(tuple(x) for x in gather_ints(list(layout.lengths), group, device)))
+
+    @property
+    def total_lengths(self) -> tuple[int, ...]:
+        """Labelled tokens of every sequence, over all processes."""
+        return tuple(map(sum, zip(*self.lengths, strict=True)))
+
+    @property
+    def largest_lengths(self) -> tuple[int, ...]:
+        """The most that one process holds of every sequence: what every process plans with."""
+        return tuple(map(max, zip(*self.lengths, strict=True)))
+
+    def complete(self, logp: Tensor, sequences: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Whole sequences from this process's tokens of them.
+
+        Args:
+            logp: (n,) of this process's labelled tokens, in the order of ``sequences``.
+            sequences: which ones.
+
+        Returns:
+            (N,) log-probs, sequence by sequence and in each in the order of the processes; their boundaries
+            (S + 1,) int32; and (n,) where this process's tokens lie. The same bits on every process.
+        """
+        counts = [[lengths[s] for s in sequences] for lengths in self.lengths]
+        stride = max(sum(c) for c in counts)
+        padded = logp.new_zeros(stride)
+        padded[: logp.shape[0]] = logp
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=self.group)
+
+        begins = [rank * stride for rank in range(len(counts))]
+        pieces, bounds = [], [0]
+        for s in range(len(sequences)):
+            for rank, of_rank in enumerate(counts):
+                pieces.append(torch.arange(begins[rank], begins[rank] + of_rank[s]))
+                begins[rank] += of_rank[s]
+            bounds.append(bounds[-1] + sum(of_rank[s] for of_rank in counts))
+        order = torch.cat(pieces)
+        own = (order // stride == dist.get_rank(self.group)).nonzero().flatten()
+        device = logp.device
+        whole = torch.cat(gathered).index_select(0, order.to(device))
+        return whole, torch.tensor(bounds, dtype=torch.int32).to(device), own.to(device)
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """What a loss is divided by: the pairs and rejected tokens of a batch, of which a process holds a part.
+
+    With several processes each divides by the batch's counts per process, so that the mean of their losses (and of
+    their gradients, which data-parallel wrappers take) is that of the whole batch.
+    """
+
+    pairs: float
+    rejected_tokens: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> BatchShare:
+        """From the lengths of this process's sequences, those of the rejected responses in the second half."""
+        pairs = len(lengths) // 2
+        counts = [pairs, sum(lengths[pairs:])]
+        if group is None:
+            return cls(*counts)
+        total = torch.tensor(counts, dtype=torch.int64, device=device)
+        dist.all_reduce(total, group=group)
+        return cls(*(count / dist.get_world_size(group) for count in total.tolist()))
+
+
+def gather_ints(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """``values``, as many on every process, of every process in order of rank. Waits for the device."""
+    own = torch.tensor(values, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    return [row.tolist() for row in gathered]
+
+
+def group_name(argument: str, group: object) -> str | None:
+    """The name by which an operator carries ``group``.
+
+    Raises TypeError for anything but None and a group that holds this process.
+    """
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{argument}: expected a torch.distributed.ProcessGroup that holds this process, or None, got {group!r}"
+        )
+    return str(group.group_name)
+
+
+def find_group(name: str | None) -> dist.ProcessGroup | None:
+    """The group of that name."""
+    resolve: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009 -- absent from torch's stubs
+    return None if name is None else resolve(name)

@@ -1,0 +1,81 @@
+"""What is known of each row of logits: statistics over the vocabulary, and the log-probs and losses they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What a forward pass knows of each labelled row: three (N,) tensors in acc dtype."""
+
+    lse: Tensor
+    logp: Tensor
+    loss: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
+        """Uninitialised, for ``rows`` rows of ``hidden``."""
+        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(3)))
+
+
+@dataclass(frozen=True)
+class VocabStats:
+    """What a backend says of (M,) rows of logits, in acc dtype: see `Backend.logits_stats`."""
+
+    row_max: Tensor
+    row_sum: Tensor
+    label_logit: Tensor
+    logit_sum: Tensor | None
+    """None where the loss does not need it."""
+
+    @classmethod
+    def empty(cls, rows: Tensor, token_loss: TokenLoss) -> VocabStats:
+        """Uninitialised, for the (M, ...) ``rows``."""
+        shape = (4 if token_loss.label_smoothing else 3, rows.shape[0])
+        row_max, row_sum, label_logit, *logit_sum = rows.new_empty(shape, dtype=acc_dtype(rows.dtype)).unbind()
+        return cls(row_max, row_sum, label_logit, logit_sum[0] if logit_sum else None)
+
+    @classmethod
+    def of_logits(
+        cls,
+        backend: Backend,
+        logits: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        transform: HeadTransform,
+        token_loss: TokenLoss,
+        *,
+        col_offset: int = 0,
+    ) -> VocabStats:
+        """Of (M, V) raw logits, which stay as they are. A row without a label gets numbers too."""
+        stats = cls.empty(logits, token_loss)
+        backend.logits_stats(
+            logits,
+            labels,
+            bias,
+            transform,
+            col_offset=col_offset,
+            row_max=stats.row_max,
+            row_sum=stats.row_sum,
+            label_logit=stats.label_logit,
+            logit_sum=stats.logit_sum,
+            merge=False,
+        )
+        return stats
+
+    def finish(self, token_loss: TokenLoss, vocab_size: int) -> TokenStats:
+        """Log-probs and losses, written over these statistics, which are those of the whole vocabulary."""
+        log_sum = self.row_sum.log_()
+        logp = self.label_logit.sub_(self.row_max).sub_(log_sum)
+        lse = log_sum.add_(self.row_max)
+        loss = (token_loss.label_smoothing - 1) * logp
+        if self.logit_sum is not None:
+            loss += token_loss.label_smoothing * (lse - self.logit_sum / vocab_size)
+        if token_loss.z_loss:
+            loss += token_loss.z_loss * lse**2
+        return TokenStats(lse, logp, loss)
