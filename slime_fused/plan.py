@@ -21,7 +21,7 @@ Without a gradient it is one product.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -333,20 +333,32 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
     """Bytes for ``workspace``: a number of bytes, a string such as "512MiB", or "auto".
 
     "auto" is room for the largest pair and at least 2048 rows (4096 on a GPU: each chunk reads the head twice
-    and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU).
+    and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU). Where
+    several such chunks and the float32 copy of a 16-bit dW that they add into would take more memory than the
+    logits of all rows, it is room for those: one chunk, which writes dW once.
 
     Raises TypeError or ValueError for anything else.
     """
     if isinstance(workspace, str):
         if workspace == "auto":
-            kind = "gpu" if is_gpu else "cpu"
-            rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
-            return max(min(rows * problem.row_bytes, _AUTO_CAP[kind]), problem.row_bytes)
+            return _automatic_workspace(problem, "gpu" if is_gpu else "cpu")
         return parse_bytes(workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected 'auto', bytes, or a string such as '512MiB', got {workspace!r}")
     if workspace <= 0:
         raise ValueError(f"workspace: expected a positive number of bytes, got {workspace}")
+    return workspace
+
+
+def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
+    rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
+    workspace = max(min(rows * problem.row_bytes, _AUTO_CAP[kind]), problem.row_bytes)
+    # The same on all processes that share sequences, whose rows differ and whose chunks must meet.
+    all_rows = sum(problem.pair_rows) or problem.rows
+    in_chunks = make_plan(replace(problem, rows=all_rows), workspace)
+    several = in_chunks.workspace_bytes + in_chunks.scratch_bytes + in_chunks.accumulator_bytes
+    if in_chunks.accumulator_bytes and all_rows * (problem.row_bytes + problem.row_scratch_bytes) <= several:
+        return all_rows * problem.row_bytes
     return workspace
 
 

@@ -239,8 +239,41 @@ def test_automatic_workspace_always_works(problem, is_gpu):
     problem = replace(problem, rows=sum(problem.pair_rows))
     workspace = resolve_workspace("auto", problem, is_gpu=is_gpu)
     plan = make_plan(problem, workspace)
-    assert workspace <= max(4 << 30 if is_gpu else 1 << 30, problem.row_bytes)
+    accumulator = 4 * problem.vocab_size * problem.hidden_size + (8 << 20) if problem.want_weight else 0
+    assert workspace <= max(4 << 30 if is_gpu else 1 << 30, problem.row_bytes) + accumulator
     assert isinstance(plan, Plan)
+
+
+def whole_memory(plan: Plan) -> int:
+    return plan.workspace_bytes + plan.scratch_bytes + plan.accumulator_bytes
+
+
+@pytest.mark.parametrize(
+    ("rows", "itemsize", "want_weight", "chunks"),
+    [
+        # Llama-3-8B's head on a GPU: a float32 copy of dW takes as much as the logits of about 8200 rows.
+        (4096, 2, True, 1),
+        (8192, 2, True, 1),
+        (11520, 2, True, 1),
+        (16384, 2, True, 4),
+        (8192, 2, False, 2),
+        (8192, 4, True, 2),
+    ],
+)
+@pytest.mark.parametrize("operation", ["slime", "cross_entropy"])
+def test_automatic_workspace_prefers_one_chunk_to_a_float32_copy_of_the_gradient(
+    operation, rows, itemsize, want_weight, chunks
+):
+    pairs = (512,) * (rows // 512) + ((rows % 512,) if rows % 512 else ())
+    problem = Problem(
+        operation, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if operation == "slime" else ()
+    )
+    plan = make_plan(problem, resolve_workspace("auto", problem, is_gpu=True))
+    assert len(plan.chunks) == chunks
+    if chunks == 1 and rows > 4096:
+        several = make_plan(problem, 4096 * problem.row_bytes)
+        assert len(several.chunks) > 1
+        assert whole_memory(plan) <= whole_memory(several)
 
 
 @pytest.mark.parametrize(
