@@ -40,7 +40,8 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     labels = torch.randint(columns, (_ROWS,), generator=gen, device=device)
     labels[1] = -1
     acc = acc_dtype(dtype)
-    lse, logp = (torch.full((_ROWS,), float("nan"), dtype=acc, device=device) for _ in range(2))
+    names = ("row_max", "row_sum", "logp")
+    stats = {name: torch.full((_ROWS,), float("nan"), dtype=acc, device=device) for name in names}
     head, plain = HeadTransform(), TokenLoss()
 
     keep = (labels >= 0).double()
@@ -52,9 +53,9 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     unit = torch.finfo(dtype).eps
 
     out = torch.full_like(storage, float("nan"))[:, :columns]
-    backend.softmax_residual(logits, out, labels, None, head, plain, lse=lse, logp=logp, loss=None)
-    _require_close("softmax_residual lse", lse, truth_lse * keep, 1e-4)
-    _require_close("softmax_residual logp", logp, truth_logp, 1e-4)
+    backend.softmax_residual(logits, out, labels, None, head, plain, **stats, loss=None)
+    _require_close("softmax_residual lse", stats["row_max"] + stats["row_sum"].log(), truth_lse * keep, 1e-4)
+    _require_close("softmax_residual logp", stats["logp"], truth_logp, 1e-4)
     _require_close("softmax_residual", out, truth, unit + 1e-5)
 
     statistics = [torch.zeros(_ROWS, dtype=acc, device=device) for _ in range(4)]
@@ -88,8 +89,7 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
         plain,
         col_offset=0,
         vocab_size=columns,
-        lse=lse,
-        logp=logp,
+        **stats,
         row_scale=scale,
     )
     _require_close("residual_from_stats", logits, truth * scale.double()[:, None], unit + 1e-5)

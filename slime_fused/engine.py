@@ -106,9 +106,8 @@ class RowSet:
 
 def write_stats(rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
     """Copy a chunk's statistics to their place among all labelled rows."""
-    rows.put_labelled(out.lse, chunk.lse)
-    rows.put_labelled(out.logp, chunk.logp)
-    rows.put_labelled(out.loss, chunk.loss)
+    for own, target in zip(chunk.tensors(), out.tensors(), strict=True):
+        rows.put_labelled(target, own)
 
 
 class ChunkEngine:
@@ -168,7 +167,8 @@ class ChunkEngine:
             head.bias,
             head.transform,
             head.token_loss,
-            lse=chunk.lse,
+            row_max=chunk.row_max,
+            row_sum=chunk.row_sum,
             logp=chunk.logp,
             loss=chunk.loss,
         )
@@ -178,9 +178,7 @@ class ChunkEngine:
     def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
         """As `residual`, where the statistics are known from an earlier pass."""
         logits = self.logits(rows)
-        self._write_residual(
-            logits, rows, TokenStats(*(rows.of_labelled(x) for x in (known.lse, known.logp, known.loss)))
-        )
+        self._write_residual(logits, rows, TokenStats(*map(rows.of_labelled, known.tensors())))
         return logits
 
     def _stats_of(self, logits: Tensor, rows: RowSet) -> TokenStats:
@@ -203,7 +201,8 @@ class ChunkEngine:
             head.token_loss,
             col_offset=head.col_offset,
             vocab_size=head.vocab_size,
-            lse=stats.lse,
+            row_max=stats.row_max,
+            row_sum=stats.row_sum,
             logp=stats.logp,
             row_scale=None,
         )

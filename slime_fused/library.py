@@ -162,29 +162,27 @@ def _token_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _token_pass(hidden, weight, bias, labels, rest)
         loss = run.forward()
-        stats, unscaled = run.sweep.stats, run.sweep.unscaled
-        lse, logp = run.spread(stats.lse), run.spread(stats.logp)
+        stats, unscaled = run.all_stats(), run.sweep.unscaled
     if unscaled is not None:
         d_hidden = unscaled.view(hidden.shape)
     else:
         # The graph was traced before the plan was known: where "fused" forms no R W, zeros stand for it.
         d_hidden = hidden.new_zeros(hidden.shape if rest[-3] else 0)
-    return loss.view(labels.shape), lse, logp, d_hidden
+    return loss.view(labels.shape), stats, d_hidden
 
 
 def _token_loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     dtype = acc_dtype(hidden.dtype)
-    vectors = [hidden.new_empty(labels.numel(), dtype=dtype) for _ in range(2)]
+    stats = hidden.new_empty(4, labels.numel(), dtype=dtype)
     unscaled = hidden.new_empty(hidden.shape if rest[-3] else (0,))
-    return hidden.new_empty(labels.shape, dtype=dtype), *vectors, unscaled
+    return hidden.new_empty(labels.shape, dtype=dtype), stats, unscaled
 
 
 def _token_loss_backward(
     upstream: Tensor,
-    lse: Tensor,
-    logp: Tensor,
+    stats: Tensor,
     unscaled: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -195,13 +193,13 @@ def _token_loss_backward(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _token_pass(hidden, weight, bias, labels, rest)
         want_hidden = rest[-3]
-        run.resume(unscaled.view(-1, hidden.shape[-1]) if want_hidden else None, lse, logp)
+        run.resume(unscaled.view(-1, hidden.shape[-1]) if want_hidden else None, stats)
         # keeps=True: the unscaled gradient is an input here and must not change.
         return _dense(run.backward(upstream.flatten(), keeps=True), hidden, weight)
 
 
 def _token_loss_backward_fake(
-    upstream: Tensor, lse: Tensor, logp: Tensor, unscaled: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+    upstream: Tensor, stats: Tensor, unscaled: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return _fake_gradients(hidden, weight, rest[-3:])
 
@@ -223,13 +221,13 @@ token_loss_op = torch.library.custom_op(
     "slime_fused::linear_token_loss",
     _token_loss,
     mutates_args=(),
-    schema=f"({_HEAD}, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 token_loss_backward_op = torch.library.custom_op(
     "slime_fused::linear_token_loss_backward",
     _token_loss_backward,
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor lse, Tensor logp, Tensor unscaled, {_HEAD}, {_TOKEN_LOSS}, {_OPTIONS})"
+    schema=f"(Tensor upstream, Tensor stats, Tensor unscaled, {_HEAD}, {_TOKEN_LOSS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
 )
 token_loss_op.register_fake(_token_loss_fake)

@@ -96,7 +96,7 @@ class LogitsLossFunction(torch.autograd.Function):
         stats = VocabStats.of_logits(backend, rows, targets, None, head, token_loss).finish(
             token_loss, rows.shape[1]
         )
-        ctx.save_for_backward(logits, targets, stats.lse, stats.logp)
+        ctx.save_for_backward(logits, targets, stats.row_max, stats.row_sum, stats.logp)
         ctx.options = (backend, head, token_loss, inplace_backward)
         return stats.loss.masked_fill_(targets == IGNORED, 0)
 
@@ -104,7 +104,7 @@ class LogitsLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """The residual times each row's upstream gradient, over the logits where that was asked for."""
         refuse_second_derivative()
-        logits, targets, lse, logp = ctx.saved_tensors
+        logits, targets, row_max, row_sum, logp = ctx.saved_tensors
         backend, head, token_loss, inplace_backward = ctx.options
         rows = _as_rows(logits.detach())
         out = rows if inplace_backward else torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -117,9 +117,10 @@ class LogitsLossFunction(torch.autograd.Function):
             token_loss,
             col_offset=0,
             vocab_size=logits.shape[-1],
-            lse=lse,
+            row_max=row_max,
+            row_sum=row_sum,
             logp=logp,
-            row_scale=upstream.to(lse.dtype).contiguous(),
+            row_scale=upstream.to(logp.dtype).contiguous(),
         )
         if inplace_backward and out.data_ptr() == logits.data_ptr():
             # Whoever saved the logits too is told by autograd that they have changed.

@@ -234,10 +234,14 @@ class TokenPass:
             return values
         return values.new_zeros(self._layout.targets.shape[0]).index_copy_(0, rows, values)
 
-    def resume(self, unscaled_hidden_grad: Tensor | None, lse: Tensor, logp: Tensor) -> None:
-        """Take the place of a forward pass whose results these are; ``lse`` and ``logp`` are (N_all,)."""
+    def all_stats(self) -> Tensor:
+        """(4, N_all): what `resume` needs of a forward pass, 0 where the label is ignored."""
+        return torch.stack([self.spread(values) for values in self.sweep.stats.tensors()])
+
+    def resume(self, unscaled_hidden_grad: Tensor | None, stats: Tensor) -> None:
+        """Take the place of a forward pass whose results these are."""
         self.sweep.unscaled = unscaled_hidden_grad
-        self.sweep.stats = TokenStats(*(self._labelled(x) for x in (lse, logp, logp)))
+        self.sweep.stats = TokenStats(*(self._labelled(values) for values in stats))
 
     def backward(self, upstream: Tensor, *, keeps: bool) -> Gradients:
         """Gradients for the coefficients ``upstream`` (N_all,); ``keeps`` leaves this pass fit for another one."""

@@ -11,16 +11,22 @@ from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dty
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What a forward pass knows of each labelled row: three (N,) tensors in acc dtype."""
+    """What a forward pass knows of each labelled row: (N,) tensors in acc dtype."""
 
-    lse: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    """sum_v exp(z_v - row_max): the log-sum-exp is never rounded to one number (`Backend.softmax_residual`)."""
     logp: Tensor
     loss: Tensor
 
     @classmethod
     def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
         """Uninitialised, for ``rows`` rows of ``hidden``."""
-        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(3)))
+        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(4)))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four, in order."""
+        return self.row_max, self.row_sum, self.logp, self.loss
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,13 @@ class VocabStats:
         return stats
 
     def finish(self, token_loss: TokenLoss, vocab_size: int) -> TokenStats:
-        """Log-probs and losses, written over these statistics, which are those of the whole vocabulary."""
-        log_sum = self.row_sum.log_()
+        """Log-probs (written over the label's logits) and losses; these statistics are the whole vocabulary's."""
+        log_sum = self.row_sum.log()
         logp = self.label_logit.sub_(self.row_max).sub_(log_sum)
-        lse = log_sum.add_(self.row_max)
         loss = (token_loss.label_smoothing - 1) * logp
+        lse = log_sum.add_(self.row_max)
         if self.logit_sum is not None:
             loss += token_loss.label_smoothing * (lse - self.logit_sum / vocab_size)
         if token_loss.z_loss:
             loss += token_loss.z_loss * lse**2
-        return TokenStats(lse, logp, loss)
+        return TokenStats(self.row_max, self.row_sum, logp, loss)

@@ -1,6 +1,6 @@
 """The backward pass by blocks of the vocabulary: logits are recomputed, never held beyond (rows x block_cols).
 
-With the log-sum-exp of every row known, a block of columns needs nothing from the others. For the rows of W in
+With the statistics of every row known, a block of columns needs nothing from the others. For the rows of W in
 block b, with R the residual d(token loss)/d(logits) and c the coefficients dL/d(token loss) of the rows::
 
     Z_b = X W_b^T       R_b = residual(Z_b)       dX += R_b W_b       dW_b = R_b^T (c * X)       db_b = R_b^T c
@@ -27,7 +27,8 @@ def vocab_sweep_backward(
     bias: Tensor | None,
     head: HeadTransform,
     token_loss: TokenLoss,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     logp: Tensor,
     row_scale: Tensor,
     backend: Backend,
@@ -46,7 +47,8 @@ def vocab_sweep_backward(
         bias: (V,) in the same dtype, or None.
         head: the transform from products to logits.
         token_loss: the loss of one token.
-        lse: (N,) acc dtype, log-sum-exp of each row over the whole vocabulary.
+        row_max: (N,) acc dtype, largest logit of each row over the whole vocabulary.
+        row_sum: (N,) acc dtype, sum_v exp(z_v - row_max) likewise.
         logp: (N,) acc dtype, log-probability of each label.
         row_scale: (N,) acc dtype, dL/d(token loss) of each row.
         backend: whose ``residual_from_stats`` turns logits into residuals.
@@ -88,7 +90,8 @@ def vocab_sweep_backward(
             token_loss,
             col_offset=begin,
             vocab_size=vocab,
-            lse=lse,
+            row_max=row_max,
+            row_sum=row_sum,
             logp=logp,
             row_scale=None,
         )

@@ -164,24 +164,22 @@ def assert_as_exact(got: Tensor, truth: Tensor, plain: Tensor, name: str = "resu
 def check_softmax_residual(backend: Backend, case: RowCase, device: torch.device) -> None:
     """In place and out of place give the same bits, the truth's numbers, and leave the padding alone."""
     data = RowData(case, device)
-    lse, logp, loss = data.empty_rows(3)
+    row_max, row_sum, logp, loss = data.empty_rows(4)
     out = torch.full_like(data.raw, torch.nan)
-    backend.softmax_residual(
-        data.raw, out, data.labels, data.bias, case.head, case.token_loss, lse=lse, logp=logp, loss=loss
-    )
+    common = (data.labels, data.bias, case.head, case.token_loss)
+    backend.softmax_residual(data.raw, out, *common, row_max=row_max, row_sum=row_sum, logp=logp, loss=loss)
+    lse = row_max + row_sum.log()
     for name, got in (("residual", out), ("lse", lse), ("logp", logp), ("loss", loss)):
         data.check(name, got)
     again = RowData(case, device)
     pitch = again.raw.stride(0) if case.rows else case.vocab
     whole = again.raw.as_strided((case.rows, pitch), (pitch, 1))
     padding = whole[:, case.vocab :].clone()
-    lse2, logp2 = again.empty_rows(2)
-    backend.softmax_residual(
-        again.raw, again.raw, again.labels, again.bias, case.head, case.token_loss, lse=lse2, logp=logp2, loss=None
-    )
+    stats = dict(zip(("row_max", "row_sum", "logp"), again.empty_rows(3), strict=True))
+    backend.softmax_residual(again.raw, again.raw, *common, **stats, loss=None)
     assert torch.equal(again.raw, out)
-    assert torch.equal(lse, lse2)
-    assert torch.equal(logp, logp2)
+    for got, expected in zip(stats.values(), (row_max, row_sum, logp), strict=True):
+        assert torch.equal(got, expected)
     assert torch.equal(whole[:, case.vocab :], padding)
 
 
@@ -225,7 +223,8 @@ def check_stats_then_residual(backend: Backend, case: RowCase, device: torch.dev
                 case.token_loss,
                 col_offset=a,
                 vocab_size=case.vocab,
-                lse=lse,
+                row_max=row_max,
+                row_sum=row_sum,
                 logp=logp,
                 row_scale=scale,
             )
@@ -246,9 +245,13 @@ def check_extreme_logits(backend: Backend, dtype: torch.dtype, device: torch.dev
     ]
     labels = torch.tensor([3, 2, 0, 1, 2, 0, 0], device=device)
     raw = torch.tensor(rows, dtype=torch.float64).to(dtype).to(device)
-    lse, logp, loss = torch.full((3, len(rows)), torch.nan, dtype=acc_dtype(dtype), device=device).unbind()
+    row_max, row_sum, logp, loss = torch.full(
+        (4, len(rows)), torch.nan, dtype=acc_dtype(dtype), device=device
+    ).unbind()
     out = torch.full_like(raw, torch.nan)
-    backend.softmax_residual(raw, out, labels, None, PLAIN_HEAD, NLL, lse=lse, logp=logp, loss=loss)
+    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
+    backend.softmax_residual(raw, out, labels, None, PLAIN_HEAD, NLL, **stats, loss=loss)
+    lse = row_max + row_sum.log()
     z = raw.cpu().double()
     truth_lse = torch.logsumexp(z, 1)
     at_label = labels.cpu()[:, None]
@@ -262,6 +265,13 @@ def check_extreme_logits(backend: Backend, dtype: torch.dtype, device: torch.dev
     assert out[5].isnan().all()
     assert not logp[5].isfinite()
     assert not logp[6].isfinite()
+    # From statistics, as exact: no log-sum-exp was rounded to one number on the way.
+    again = torch.full_like(raw, torch.nan)
+    backend.residual_from_stats(
+        raw, again, labels, None, PLAIN_HEAD, NLL, col_offset=0, vocab_size=4, **stats, row_scale=None
+    )
+    assert_as_exact(again[finite], truth[finite], truth[finite], "residual from statistics")
+    assert again[5].isnan().all()
 
 
 def check_target_does_not_cancel(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
@@ -269,9 +279,11 @@ def check_target_does_not_cancel(backend: Backend, dtype: torch.dtype, device: t
     gap = torch.tensor([0.999, 0.9999, 0.99999], dtype=torch.float64).logit()
     raw = torch.stack([gap, torch.zeros(3, dtype=torch.float64)], 1).to(dtype).to(device)
     labels = torch.zeros(3, dtype=torch.int64, device=device)
-    lse, logp = torch.empty(2, 3, dtype=acc_dtype(dtype), device=device).unbind()
+    row_max, row_sum, logp = torch.empty(3, 3, dtype=acc_dtype(dtype), device=device).unbind()
     out = torch.full_like(raw, torch.nan)
-    backend.softmax_residual(raw, out, labels, None, PLAIN_HEAD, NLL, lse=lse, logp=logp, loss=None)
+    backend.softmax_residual(
+        raw, out, labels, None, PLAIN_HEAD, NLL, row_max=row_max, row_sum=row_sum, logp=logp, loss=None
+    )
     truth = torch.expm1(torch.log_softmax(raw.cpu().double(), 1)[:, 0])
     # lse - z carries an absolute error of a unit of lse (about 10), which is relative to 1 - p here.
     slack = 16 * torch.finfo(acc_dtype(dtype)).eps

@@ -65,9 +65,18 @@ def test_label_beyond_the_vocabulary_is_refused_before_anything_is_written(backe
     logits = torch.zeros(3, 8)
     labels = torch.tensor([1, 8, 2])
     out = torch.full_like(logits, 7.0)
-    lse, logp = torch.full((2, 3), 7.0).unbind()
+    row_max, row_sum, logp = torch.full((3, 3), 7.0).unbind()
     with pytest.raises(ValueError, match=r"8"):
         backend.softmax_residual(
-            logits, out, labels, None, grid.PLAIN_HEAD, grid.NLL, lse=lse, logp=logp, loss=None
+            logits,
+            out,
+            labels,
+            None,
+            grid.PLAIN_HEAD,
+            grid.NLL,
+            row_max=row_max,
+            row_sum=row_sum,
+            logp=logp,
+            loss=None,
         )
     assert (out == 7).all()

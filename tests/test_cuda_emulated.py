@@ -143,10 +143,12 @@ def test_chosen_plans_fit_each_device(native, dtype, capability):
 def row_results(backend: Any, case: grid.RowCase) -> list[torch.Tensor]:
     """Everything the three row kernels and the token kernels write for one problem."""
     data = grid.RowData(case, CPU)
-    rows = data.empty_rows(8)
+    rows = data.empty_rows(9)
     out, out_from_stats = torch.full_like(data.raw, torch.nan), torch.full_like(data.raw, torch.nan)
     common = (data.labels, data.bias, case.head)
-    backend.softmax_residual(data.raw, out, *common, case.token_loss, lse=rows[0], logp=rows[1], loss=rows[2])
+    backend.softmax_residual(
+        data.raw, out, *common, case.token_loss, row_max=rows[8], row_sum=rows[0], logp=rows[1], loss=rows[2]
+    )
     backend.logits_stats(
         data.raw,
         *common,
@@ -164,7 +166,8 @@ def row_results(backend: Any, case: grid.RowCase) -> list[torch.Tensor]:
         case.token_loss,
         col_offset=0,
         vocab_size=case.vocab,
-        lse=rows[0],
+        row_max=rows[8],
+        row_sum=rows[0],
         logp=rows[1],
         row_scale=None,
     )
@@ -196,13 +199,14 @@ def test_no_schedule_changes_a_bit(native, dtype, cluster):
 def test_label_beyond_the_vocabulary_traps_and_is_named(backend, kernel, capfd):
     logits = torch.zeros(3, 8)
     labels = torch.tensor([1, 8, 2])
-    lse, logp = torch.zeros(2, 3).unbind()
+    row_max, row_sum, logp = torch.zeros(3, 3).unbind()
+    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
     arguments = (logits, torch.empty_like(logits), labels, None, grid.PLAIN_HEAD, grid.NLL)
     if kernel == "softmax_residual":
-        call = lambda: backend.softmax_residual(*arguments, lse=lse, logp=logp, loss=None)  # noqa: E731
+        call = lambda: backend.softmax_residual(*arguments, **stats, loss=None)  # noqa: E731
     else:
         call = lambda: backend.residual_from_stats(  # noqa: E731
-            *arguments, col_offset=0, vocab_size=8, lse=lse, logp=logp, row_scale=None
+            *arguments, col_offset=0, vocab_size=8, **stats, row_scale=None
         )
     with pytest.raises(RuntimeError, match=r"__trap\(\)"):
         call()

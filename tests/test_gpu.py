@@ -137,15 +137,13 @@ def test_stream_row_kernels_wait_for_their_own(backend):
     data = grid.RowData(case, DEVICE)
     late = torch.zeros_like(data.raw)
     out = torch.empty_like(data.raw)
-    lse, logp = data.empty_rows(2)
+    stats = dict(zip(("row_max", "row_sum", "logp"), data.empty_rows(3), strict=True))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         late.copy_(data.raw)
-        backend.softmax_residual(
-            late, out, data.labels, None, case.head, case.token_loss, lse=lse, logp=logp, loss=None
-        )
+        backend.softmax_residual(late, out, data.labels, None, case.head, case.token_loss, **stats, loss=None)
     side.synchronize()
     data.check("residual", out)
 

@@ -49,9 +49,10 @@ def residual(logits, labels, *, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOS
     """(residual, lse, logp, loss) of the native kernel."""
     rows, acc = logits.shape[0], acc_dtype(logits.dtype)
     out = torch.full(logits.shape, 7.0, dtype=logits.dtype) if out is None else out
-    lse, logp, loss = (torch.full((rows,), 7.0, dtype=acc) for _ in range(3))
-    BACKEND.softmax_residual(logits, out, labels, bias, head, token_loss, lse=lse, logp=logp, loss=loss)
-    return out, lse, logp, loss
+    row_max, row_sum, logp, loss = (torch.full((rows,), 7.0, dtype=acc) for _ in range(4))
+    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
+    BACKEND.softmax_residual(logits, out, labels, bias, head, token_loss, **stats, loss=loss)
+    return out, row_max + row_sum.log(), logp, loss
 
 
 def plain(logits, labels, *, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOSS, dtype=torch.float64):
@@ -131,12 +132,13 @@ def test_blocks_of_columns_merge_to_the_whole_row(isa, dtype):
     for begin, end in bounds:
         BACKEND.logits_stats(logits[:, begin:end], labels, None, head, col_offset=begin, merge=begin > 0, **stats)
     lse = stats["row_max"] + stats["row_sum"].log()
-    logp = stats["label_logit"] - lse
+    logp = stats["label_logit"] - stats["row_max"] - stats["row_sum"].log()
     out = torch.full_like(logits, 7.0)
     for begin, end in bounds:
         BACKEND.residual_from_stats(
             logits[:, begin:end], out[:, begin:end], labels, None, head, token_loss,
-            col_offset=begin, vocab_size=cols, lse=lse, logp=logp, row_scale=row_scale,
+            col_offset=begin, vocab_size=cols, row_max=stats["row_max"], row_sum=stats["row_sum"], logp=logp,
+            row_scale=row_scale,
         )  # fmt: skip
 
     safe, kept = labels.clamp(min=0), (labels >= 0)
@@ -236,23 +238,22 @@ def test_large_logits_keep_full_relative_accuracy(isa):
 def test_a_label_outside_the_vocabulary_is_named_before_anything_is_written():
     logits = torch.randn(4, 10)
     labels = torch.tensor([1, 2, 10, -100])
-    out, stats = torch.full((4, 10), 7.0), [torch.full((4,), 7.0) for _ in range(2)]
+    out = torch.full((4, 10), 7.0)
+    stats = {name: torch.full((4,), 7.0) for name in ("row_max", "row_sum", "logp")}
     with pytest.raises(ValueError, match=r"labels: .* below the vocabulary size 10, got 10 at row 2"):
-        BACKEND.softmax_residual(
-            logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, lse=stats[0], logp=stats[1], loss=None
-        )
+        BACKEND.softmax_residual(logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, **stats, loss=None)
     with pytest.raises(ValueError, match=r"below the vocabulary size 10, got 10 at row 2"):
         BACKEND.residual_from_stats(
             logits[:, :4], out[:, :4], labels, None, PLAIN_HEAD, PLAIN_LOSS,
-            col_offset=2, vocab_size=10, lse=stats[0], logp=stats[1], row_scale=None,
+            col_offset=2, vocab_size=10, **stats, row_scale=None,
         )  # fmt: skip
-    assert all((tensor == 7).all() for tensor in (out, *stats))
+    assert all((tensor == 7).all() for tensor in (out, *stats.values()))
 
 
 NATIVE_ARGS = {
     "logits": 64, "out": 64, "rows": 2, "cols": 8, "logits_stride": 8, "out_stride": 8, "dtype": 0, "labels": 64,
-    "bias": 0, "scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0, "lse": 64, "logp": 64,
-    "loss": 0, "num_threads": 1,
+    "bias": 0, "scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
+    "row_max": 64, "row_sum": 64, "logp": 64, "loss": 0, "num_threads": 1,
 }  # fmt: skip
 
 
@@ -283,10 +284,11 @@ def test_tensors_of_the_wrong_shape_dtype_or_layout_are_named():
         ({"out": torch.empty(4, 10).half()}, TypeError, "out: expected dtype torch.float32, got torch.float16"),
         ({"out": torch.empty(10, 4).t()}, ValueError, "out: expected contiguous columns"),
         ({"labels": labels.int()}, TypeError, "labels: expected dtype torch.int64, got torch.int32"),
-        ({"lse": good.double()}, TypeError, "lse: expected dtype torch.float32, got torch.float64"),
+        ({"row_max": good.double()}, TypeError, "row_max: expected dtype torch.float32, got torch.float64"),
         ({"logp": torch.empty(8)[::2]}, ValueError, "logp: expected a contiguous tensor, got stride 2"),
     ]:
-        args = {"out": torch.empty(4, 10), "labels": labels, "lse": good, "logp": good.clone(), **change}
+        stats = {"row_max": good, "row_sum": good.clone(), "logp": good.clone()}
+        args = {"out": torch.empty(4, 10), "labels": labels, **stats, **change}
         with pytest.raises(error, match=message):
             BACKEND.softmax_residual(logits, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOSS, loss=None, **args)
     assert not BACKEND.supports(torch.device("cpu"), torch.int32)[0]
@@ -327,12 +329,13 @@ def test_a_forked_child_makes_its_own_threads(threads):
     logits, labels = torch.randn(64, 4000), torch.arange(64)
     expected = residual(logits, labels)[0].numpy()
     # The child calls no large torch operation: the OpenMP threads of torch do not survive a fork.
-    out, lse, logp = torch.empty(64, 4000), torch.empty(64), torch.empty(64)
+    out = torch.empty(64, 4000)
+    stats = {name: torch.empty(64) for name in ("row_max", "row_sum", "logp")}
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(20)  # a pool that waits for threads it does not have would hang
-        BACKEND.softmax_residual(logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, lse=lse, logp=logp, loss=None)
+        BACKEND.softmax_residual(logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, **stats, loss=None)
         os._exit(0 if np.array_equal(out.numpy(), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert np.array_equal(residual(logits, labels)[0].numpy(), expected)

@@ -26,7 +26,7 @@ def isa(request):
 
 
 def exp_of(x, out_dtype):
-    """exp(x) of a flat tensor by way of the residual of a block that holds no label, with lse = 0."""
+    """exp(x) of a flat tensor by way of the residual of a block that holds no label, with the statistics (0, 1)."""
     cols = 64
     logits = torch.nn.functional.pad(x, (0, -len(x) % cols)).reshape(-1, cols)
     rows = logits.shape[0]
@@ -34,7 +34,8 @@ def exp_of(x, out_dtype):
     out = torch.empty_like(logits)
     BACKEND.residual_from_stats(
         logits, out, torch.full((rows,), cols), None, PLAIN_HEAD, PLAIN_LOSS,
-        col_offset=0, vocab_size=cols + 1, lse=zeros, logp=zeros, row_scale=None,
+        col_offset=0, vocab_size=cols + 1, row_max=zeros, row_sum=torch.ones_like(zeros), logp=zeros,
+        row_scale=None,
     )  # fmt: skip
     return out.flatten()[: len(x)].to(out_dtype)
 
@@ -94,7 +95,7 @@ def test_stores_round_to_nearest_even(isa, dtype, cols):
     zeros = torch.zeros(rows)
     BACKEND.residual_from_stats(
         logits, logits, torch.full((rows,), 100), None, HeadTransform(128.0), TokenLoss(1.0),
-        col_offset=0, vocab_size=128, lse=zeros, logp=zeros, row_scale=values,
+        col_offset=0, vocab_size=128, row_max=zeros, row_sum=torch.ones_like(zeros), logp=zeros, row_scale=values,
     )  # fmt: skip
     expected = (-values).to(dtype)
     nan = expected.isnan()

@@ -49,9 +49,10 @@ def assert_as_close_as(actual, plain, exact, floor=2e-6):
 def residual_of(backend, logits, labels, bias, head, token_loss, *, in_place=False):
     rows, acc = logits.shape[0], torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = logits if in_place else torch.full_like(logits, 7)
-    lse, logp, loss = (torch.full((rows,), 7.0, dtype=acc, device=logits.device) for _ in range(3))
-    backend.softmax_residual(logits, out, labels, bias, head, token_loss, lse=lse, logp=logp, loss=loss)
-    return out, lse, logp, loss
+    row_max, row_sum, logp, loss = (torch.full((rows,), 7.0, dtype=acc, device=logits.device) for _ in range(4))
+    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
+    backend.softmax_residual(logits, out, labels, bias, head, token_loss, **stats, loss=loss)
+    return out, row_max + row_sum.log(), logp, loss
 
 
 def stats_of(backend, logits, labels, bias, head, *, splits=(), want_sum=True):
@@ -168,7 +169,8 @@ def test_residual_from_stats(dtype, head, token_loss, has_bias, has_scale):
     bias = torch.randn(cols, device=DEVICE).to(dtype) if has_bias else None
     scale = torch.randn(5, device=DEVICE) if has_scale else torch.ones(5, device=DEVICE)
     wide_bias = None if bias is None else bias.double()
-    exact, lse, logp, _ = residual_of(PLAIN, logits.double(), labels, wide_bias, head, token_loss)
+    exact, _, logp, _ = residual_of(PLAIN, logits.double(), labels, wide_bias, head, token_loss)
+    row_max, row_sum, _, _ = stats_of(PLAIN, logits.double(), labels, wide_bias, head)
     plain, _, _, _ = residual_of(PLAIN, logits, labels, bias, head, token_loss)
     for begin, end in ((0, split), (split, cols)):
         block = logits[:, begin:end]
@@ -181,7 +183,8 @@ def test_residual_from_stats(dtype, head, token_loss, has_bias, has_scale):
             token_loss,
             col_offset=begin,
             vocab_size=cols,
-            lse=lse.float(),
+            row_max=row_max.float(),
+            row_sum=row_sum.float(),
             logp=logp.float(),
             row_scale=scale if has_scale else None,
         )

@@ -26,7 +26,7 @@ def make_problem(dtype, *, seed=0):
 
 
 def autograd(problem, head, token_loss, dtype, *, has_bias):
-    """(lse, logp, d_hidden, d_weight, d_bias) in ``dtype``."""
+    """(statistics, logp, d_hidden, d_weight, d_bias) in ``dtype``."""
     hidden, weight, bias, labels, row_scale = problem
     leaves = [t.detach().clone().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
     raw = leaves[0] @ leaves[1].t()
@@ -39,10 +39,12 @@ def autograd(problem, head, token_loss, dtype, *, has_bias):
     eps = token_loss.label_smoothing
     loss = -(1 - eps) * logp + eps * (lse - z.mean(1)) + token_loss.z_loss * lse**2
     (loss * keep * row_scale.to(dtype)).sum().backward()
-    return (lse * keep).detach(), (logp * keep).detach(), *[leaf.grad for leaf in leaves]
+    row_max = z.amax(1)
+    stats = torch.stack([row_max, (lse - row_max).exp()])
+    return stats.detach(), (logp * keep).detach(), *[leaf.grad for leaf in leaves]
 
 
-def sweep(problem, head, token_loss, lse, logp, *, has_bias, block_cols, backend="torch", **wanted):
+def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backend="torch", **wanted):
     hidden, weight, bias, labels, row_scale = problem
     acc = acc_dtype(hidden.dtype)
     return vocab_sweep_backward(
@@ -52,7 +54,7 @@ def sweep(problem, head, token_loss, lse, logp, *, has_bias, block_cols, backend
         bias if has_bias else None,
         head,
         token_loss,
-        lse.to(acc),
+        *stats.to(acc),
         logp.to(acc),
         row_scale,
         get_backend(backend),
@@ -76,9 +78,9 @@ def test_gradients(backend, dtype, block_cols, head, token_loss, has_bias):
     if not get_backend(backend).available()[0]:
         pytest.skip(get_backend(backend).available()[1])
     problem = make_problem(dtype)
-    lse, logp, *truth = autograd(problem, head, token_loss, torch.float64, has_bias=has_bias)
+    stats, logp, *truth = autograd(problem, head, token_loss, torch.float64, has_bias=has_bias)
     plain = autograd(problem, head, token_loss, dtype, has_bias=has_bias)[2:]
-    got = sweep(problem, head, token_loss, lse, logp, has_bias=has_bias, block_cols=block_cols, backend=backend)
+    got = sweep(problem, head, token_loss, stats, logp, has_bias=has_bias, block_cols=block_cols, backend=backend)
     for name, value, exact, reference in zip(("hidden", "weight", "bias"), got, truth, plain, strict=True):
         if name == "bias" and not has_bias:
             continue
@@ -93,10 +95,10 @@ def test_gradients(backend, dtype, block_cols, head, token_loss, has_bias):
 @pytest.mark.parametrize("skipped", ["want_hidden", "want_weight", "want_bias"])
 def test_what_is_not_wanted_is_not_formed_and_changes_nothing(skipped):
     problem = make_problem(torch.float32)
-    lse, logp, *_ = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=True)
+    stats, logp, *_ = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=True)
     options = {"has_bias": True, "block_cols": 16}
-    everything = sweep(problem, HeadTransform(), TokenLoss(), lse, logp, **options)
-    without = sweep(problem, HeadTransform(), TokenLoss(), lse, logp, **options, **{skipped: False})
+    everything = sweep(problem, HeadTransform(), TokenLoss(), stats, logp, **options)
+    without = sweep(problem, HeadTransform(), TokenLoss(), stats, logp, **options, **{skipped: False})
     for name, a, b in zip(EVERYTHING, everything, without, strict=True):
         if name == skipped:
             assert b is None
@@ -108,8 +110,8 @@ def test_small_coefficients_survive_in_float16():
     """Coefficients of a thousandth times residuals of a millionth are below float16; their sums are not."""
     problem = list(make_problem(torch.float16))
     problem[4] = problem[4] * 1e-4
-    lse, logp, *truth = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=False)
-    got = sweep(problem, HeadTransform(), TokenLoss(), lse, logp, has_bias=False, block_cols=16)
+    stats, logp, *truth = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=False)
+    got = sweep(problem, HeadTransform(), TokenLoss(), stats, logp, has_bias=False, block_cols=16)
     for value, exact in zip(got[:2], truth[:2], strict=True):
         assert (value.double() - exact).norm() / exact.norm() < 4e-3
 
@@ -117,9 +119,9 @@ def test_small_coefficients_survive_in_float16():
 def test_inputs_stay_as_they_are_and_bits_repeat():
     problem = make_problem(torch.bfloat16)
     before = [t.clone() for t in problem]
-    lse, logp, *_ = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=True)
+    stats, logp, *_ = autograd(problem, HeadTransform(), TokenLoss(), torch.float64, has_bias=True)
     first, second = (
-        sweep(problem, HeadTransform(), TokenLoss(), lse, logp, has_bias=True, block_cols=16) for _ in range(2)
+        sweep(problem, HeadTransform(), TokenLoss(), stats, logp, has_bias=True, block_cols=16) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(problem, before, strict=True))
@@ -128,4 +130,12 @@ def test_inputs_stay_as_they_are_and_bits_repeat():
 def test_block_cols_is_checked():
     problem = make_problem(torch.float32)
     with pytest.raises(ValueError, match="block_cols: expected at least 1, got 0"):
-        sweep(problem, HeadTransform(), TokenLoss(), problem[4], problem[4], has_bias=False, block_cols=0)
+        sweep(
+            problem,
+            HeadTransform(),
+            TokenLoss(),
+            problem[4].expand(2, -1),
+            problem[4],
+            has_bias=False,
+            block_cols=0,
+        )

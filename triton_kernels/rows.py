@@ -1,7 +1,7 @@
 # ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
 """Row kernels: softmax statistics and the residual of one row of logits at a time.
 
-    lse = log sum_v exp z_v,   logp = z_label - lse
+    row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   lse = row_max + log row_sum,   logp = z_label - lse
     residual_v = d(token loss)/d(raw logit_v)      (`numerics.token_residual`; softmax - onehot in the plain case)
 
 | tensor | shape | dtype | |
@@ -10,7 +10,7 @@
 | out | [M, V], rows `out_stride` apart, may be logits | dtype of logits | written |
 | labels | [M] | i64 | read; negative = ignored row |
 | bias | [V] or None | dtype of logits | read |
-| lse, logp, loss, row_max, row_sum, label_logit, logit_sum, row_scale | [M] | f32 | |
+| row_max, row_sum, logp, loss, label_logit, logit_sum, row_scale | [M] | f32 | |
 
 Accumulation: float32. Bytes moved for M x V logits of b bytes: `softmax_residual` 2 b M V from memory while a row
 stays in L2 between its two visits (3 b M V otherwise), `logits_stats` b M V, `residual_from_stats` 2 b M V.
@@ -96,7 +96,8 @@ def softmax_residual_kernel(
     out,  # [M, V]
     labels,  # [M]
     bias,  # [V]
-    lse_out,  # [M]
+    row_max_out,  # [M]
+    row_sum_out,  # [M]
     logp_out,  # [M]
     loss_out,  # [M]
     logits_stride,
@@ -122,7 +123,8 @@ def softmax_residual_kernel(
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             tl.store(out_row + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
-        tl.store(lse_out + m, 0.0)
+        tl.store(row_max_out + m, 0.0)
+        tl.store(row_sum_out + m, 1.0)
         tl.store(logp_out + m, 0.0)
         if HAS_LOSS:
             tl.store(loss_out + m, 0.0)
@@ -140,7 +142,8 @@ def softmax_residual_kernel(
         logp = (label_logit - shift) - log_sum
         inv_vocab = 1.0 / V
         column = label.to(tl.int32)
-        tl.store(lse_out + m, lse)
+        tl.store(row_max_out + m, row_max)
+        tl.store(row_sum_out + m, row_sum)
         tl.store(logp_out + m, logp)
         if HAS_LOSS:
             loss = -logp
@@ -218,7 +221,8 @@ def residual_from_stats_kernel(
     out,  # [M, V]
     labels,  # [M]
     bias,  # [V]
-    lse_in,  # [M]
+    row_max_in,  # [M]
+    row_sum_in,  # [M]
     logp_in,  # [M]
     row_scale,  # [M]
     logits_stride,
@@ -251,12 +255,14 @@ def residual_from_stats_kernel(
         z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
         if HAS_ROW_SCALE:
             slope *= tl.load(row_scale + m)
-        lse = tl.load(lse_in + m)
+        # As softmax_residual forms it, so that both give the same bits.
+        shift = finite_shift(tl.load(row_max_in + m))
+        log_sum = tl.log(tl.load(row_sum_in + m))
         residual = token_residual(
-            z - lse,
+            (z - shift) - log_sum,
             slope,
             cols == (label - col_offset).to(tl.int32),
-            lse,
+            shift + log_sum,
             tl.load(logp_in + m),
             label_smoothing,
             z_loss,
@@ -271,7 +277,8 @@ def softmax_residual(
     out: Any,  # [M, V]
     labels: Any,  # [M]
     bias: Any,  # [V] or None
-    lse: Any,  # [M]
+    row_max: Any,  # [M]
+    row_sum: Any,  # [M]
     logp: Any,  # [M]
     loss: Any,  # [M] or None
     *,
@@ -287,7 +294,8 @@ def softmax_residual(
         out,
         labels,
         bias,
-        lse,
+        row_max,
+        row_sum,
         logp,
         loss,
         logits.stride(0),
@@ -350,7 +358,8 @@ def residual_from_stats(
     out: Any,  # [M, V]
     labels: Any,  # [M]
     bias: Any,  # [V] or None
-    lse: Any,  # [M]
+    row_max: Any,  # [M]
+    row_sum: Any,  # [M]
     logp: Any,  # [M]
     row_scale: Any,  # [M] or None
     *,
@@ -370,7 +379,8 @@ def residual_from_stats(
         out,
         labels,
         bias,
-        lse,
+        row_max,
+        row_sum,
         logp,
         row_scale,
         logits.stride(0),

@@ -26,7 +26,8 @@ void softmax_residual(const SoftmaxResidualArgs& args, int num_threads) {
   check_at_least(num_threads, 1, "num_threads");
   if (args.block.rows == 0) return;
   check_labels(args.labels, args.block.rows, args.block.cols);
-  check_pointer(args.lse, "lse");
+  check_pointer(args.row_max, "row_max");
+  check_pointer(args.row_sum, "row_sum");
   check_pointer(args.logp, "logp");
   spread_rows(args, num_threads, active_kernels().softmax_residual);
 }
@@ -48,7 +49,8 @@ void residual_from_stats(const ResidualFromStatsArgs& args, int num_threads) {
   check_at_least(args.token_loss.vocab, args.block.col_offset + args.block.cols, "vocab_size");
   if (args.block.rows == 0) return;
   check_labels(args.labels, args.block.rows, args.token_loss.vocab);
-  check_pointer(args.lse, "lse");
+  check_pointer(args.row_max, "row_max");
+  check_pointer(args.row_sum, "row_sum");
   check_pointer(args.logp, "logp");
   spread_rows(args, num_threads, active_kernels().residual_from_stats);
 }

@@ -1,22 +1,23 @@
 // Softmax statistics and residuals of logit rows, compiled once per instruction set (SLIME_FUSED_ISA).
 //
 //   forward    lse = log sum_v exp z_v,   logp = z_y - lse
-//   gradient   d loss / d raw_v = ((1 + 2 z_loss lse) p_v - eps / V - (1 - eps) [v = y]) * scale * (1 - (z_v
-//   / c)^2)
+//   gradient   d loss / d raw_v = ((1 + 2 z_loss lse) p_v - eps / V - (1 - eps) [v = y]) * scale * slope_v,
+//              slope_v = 1 - (z_v / c)^2 under a soft cap c, else 1
 //
-//   | tensor  | shape | dtype          |                                            |
-//   |---------|-------|----------------|--------------------------------------------|
-//   | in      | M, V  | f32/bf16/f16/f64 | read twice: from memory, then from cache |
-//   | out     | M, V  | same           | written once, may be `in`                  |
-//   | bias    | V     | same           | read, optional                             |
-//   | lse ... | M     | acc            | written (softmax_residual, logits_stats)   |
+//   | tensor                 | shape | dtype            |                                          |
+//   |------------------------|-------|------------------|------------------------------------------|
+//   | in                     | M, V  | f32/bf16/f16/f64 | read twice: from memory, then from cache |
+//   | out                    | M, V  | same             | written once, may be `in`                |
+//   | bias                   | V     | same             | read, optional                           |
+//   | row_max, row_sum, logp | M     | acc              | written; residual_from_stats: read       |
 //
-// Accumulation  float32, float64 for f64. Memory traffic: one read and one write of M x V elements while a
-// row
-//               fits the L2 cache; about 2 exp per element.
+// lse travels as row_max and row_sum = sum_v exp(z_v - row_max): rounded to one number it would cost every
+// probability of a row |lse| roundings.
+// Accumulation  float32, float64 for f64. Memory traffic: one read and one write of M x V elements while
+//               a row fits the L2 cache; about 2 exp per element.
 // Determinism   a row's result depends on the row alone, so neither threads nor ranges change a bit.
-// Special       -inf logits count as probability 0; a NaN, a +inf or an all -inf row gives NaN, as in
-// PyTorch. Label entry   formed from expm1(logp), because p - 1 cancels when the token is likely.
+// Special       -inf logits count as probability 0; NaN, +inf or a row of -inf gives NaN, as in PyTorch.
+// Label entry   formed from expm1(logp), because p - 1 cancels when the token is likely.
 #include "row_kernels.h"
 
 #include "simd.h"
@@ -158,7 +159,7 @@ void write_residual(const HeadOp<kType, kHead>& head, const typename Storage<kTy
   const V shift = broadcast(row.shift), gain = broadcast(row.gain), offset = broadcast(row.offset);
 
   const auto value = [&](const Logit<Scalar>& logit) {
-    const V x = logit.z - shift;  // above 0 only where a caller's lse is not the row's
+    const V x = logit.z - shift;  // above 0 only where a caller's maximum is not the row's
     const V r = vec_exp(x > kExpLimit ? broadcast(kExpLimit) : x) * gain - offset;
     if constexpr (kHead == Head::capped) return r * logit.slope;
     return r;
@@ -220,9 +221,10 @@ void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64
   const HeadOp<kType, kHead> head(args.head);
   const LossTerms<Scalar> terms(args.token_loss, args.head);
   const bool wants_logit_sum = args.loss != nullptr && terms.eps != 0;
-  Scalar* const lse_out = static_cast<Scalar*>(args.lse);    // [M]
-  Scalar* const logp_out = static_cast<Scalar*>(args.logp);  // [M]
-  Scalar* const loss_out = static_cast<Scalar*>(args.loss);  // [M] or null
+  Scalar* const row_max = static_cast<Scalar*>(args.row_max);  // [M]
+  Scalar* const row_sum = static_cast<Scalar*>(args.row_sum);  // [M]
+  Scalar* const logp_out = static_cast<Scalar*>(args.logp);    // [M]
+  Scalar* const loss_out = static_cast<Scalar*>(args.loss);    // [M] or null
 
   for (int64_t m = begin; m < end; ++m) {
     const Elem* const in = static_cast<const Elem*>(block.in) + m * block.in_stride;  // [V]
@@ -230,7 +232,8 @@ void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64
     const int64_t label = args.labels[m];
     if (label < 0) {
       zero_row(out, block.cols);
-      lse_out[m] = logp_out[m] = 0;
+      row_max[m] = logp_out[m] = 0;
+      row_sum[m] = 1;
       if (loss_out != nullptr) loss_out[m] = 0;
       continue;
     }
@@ -240,7 +243,8 @@ void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64
     const Scalar lse = stats.max + log_sum;
     // Not z - lse: at |z| = 1e4 the rounding of lse alone would be 5e-4.
     const Scalar logp = (head(in, label, 1).z[0] - stats.max) - log_sum;
-    lse_out[m] = lse;
+    row_max[m] = stats.max;
+    row_sum[m] = stats.sum;
     logp_out[m] = logp;
     if (loss_out != nullptr) {
       Scalar loss = -(Scalar(1) - terms.eps) * logp + terms.z_loss * lse * lse;
@@ -295,7 +299,8 @@ void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, 
   const LogitsBlock& block = args.block;
   const HeadOp<kType, kHead> head(args.head);
   const LossTerms<Scalar> terms(args.token_loss, args.head);
-  const Scalar* const lse = static_cast<const Scalar*>(args.lse);              // [M]
+  const Scalar* const row_max = static_cast<const Scalar*>(args.row_max);      // [M]
+  const Scalar* const row_sum = static_cast<const Scalar*>(args.row_sum);      // [M]
   const Scalar* const logp = static_cast<const Scalar*>(args.logp);            // [M]
   const Scalar* const row_scale = static_cast<const Scalar*>(args.row_scale);  // [M] or null
 
@@ -309,8 +314,10 @@ void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, 
     const int64_t column = args.labels[m] - block.col_offset;
     const int64_t label = column >= 0 && column < block.cols ? column : -1;
     const Scalar factor = row_scale != nullptr ? row_scale[m] : Scalar(1);
-    write_residual(head, in, out, block.cols,
-                   terms.residual(lse[m], Scalar(1), lse[m], logp[m], label, factor));
+    const Scalar lse = row_max[m] + scalar_log(row_sum[m]);
+    write_residual(
+        head, in, out, block.cols,
+        terms.residual(finite_shift(row_max[m]), Scalar(1) / row_sum[m], lse, logp[m], label, factor));
   }
 }
 

@@ -11,9 +11,10 @@ struct SoftmaxResidualArgs {
   const int64_t* labels = nullptr;  // [M], negative: ignored row
   HeadTransform head;
   TokenLoss token_loss;
-  void* lse = nullptr;   // [M] acc, written
-  void* logp = nullptr;  // [M] acc, written
-  void* loss = nullptr;  // [M] acc, written, or null
+  void* row_max = nullptr;  // [M] acc, written
+  void* row_sum = nullptr;  // [M] acc, written
+  void* logp = nullptr;     // [M] acc, written
+  void* loss = nullptr;     // [M] acc, written, or null
 };
 
 struct LogitsStatsArgs {
@@ -32,7 +33,8 @@ struct ResidualFromStatsArgs {
   const int64_t* labels = nullptr;  // [M], negative: ignored row
   HeadTransform head;
   TokenLoss token_loss;
-  const void* lse = nullptr;        // [M] acc
+  const void* row_max = nullptr;    // [M] acc, of the whole vocabulary
+  const void* row_sum = nullptr;    // [M] acc, likewise
   const void* logp = nullptr;       // [M] acc
   const void* row_scale = nullptr;  // [M] acc, or null
 };

@@ -17,20 +17,20 @@ namespace slime_fused::cuda {
 // Columns that one row may have: row-local indices are 32-bit, with room for one grid stride beyond the end.
 inline constexpr int64_t kMaxCols = (int64_t{1} << 31) - (int64_t{1} << 20);
 
-// block.out = d(token loss)/d(raw logits); lse, logp [M]; loss [M] or null. labels [M].
+// block.out = d(token loss)/d(raw logits); row_max, row_sum, logp [M]; loss [M] or null. labels [M].
 void softmax_residual(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
-                      const TokenLoss& token_loss, float* lse, float* logp, float* loss, const RowPlan& plan,
-                      cudaStream_t stream);
+                      const TokenLoss& token_loss, float* row_max, float* row_sum, float* logp, float* loss,
+                      const RowPlan& plan, cudaStream_t stream);
 
 // row_max, row_sum, label_logit [M]; logit_sum [M] or null. With `merge` they are updated.
 void logits_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head, float* row_max,
                   float* row_sum, float* label_logit, float* logit_sum, bool merge, cudaStream_t stream);
 
-// As softmax_residual from known lse, logp [M], times row_scale [M] or null. token_loss.vocab: the whole
-// vocabulary.
+// As softmax_residual from known row_max, row_sum, logp [M], times row_scale [M] or null. token_loss.vocab:
+// the whole vocabulary.
 void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
-                         const TokenLoss& token_loss, const float* lse, const float* logp,
-                         const float* row_scale, cudaStream_t stream);
+                         const TokenLoss& token_loss, const float* row_max, const float* row_sum,
+                         const float* logp, const float* row_scale, cudaStream_t stream);
 
 // out [S] = sum or mean of values [N] over [cu_seqlens[s], cu_seqlens[s + 1]); cu_seqlens [S + 1].
 void segment_sum(const float* values, const int32_t* cu_seqlens, float* out, int64_t segments, bool mean,

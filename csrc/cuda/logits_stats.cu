@@ -2,15 +2,18 @@
 // known.
 //
 //   row_max = max_v z_v;  row_sum = sum_v exp(z_v - row_max);  label_logit = z_y or 0;  logit_sum = sum_v z_v
-//   residual: d_raw_v = row_scale dz/draw ( exp(z_v - lse) (1 + 2 zl lse) - eps/V - (1 - eps) [v = y] )
+//   p_v = exp(z_v - row_max) / row_sum;  lse = row_max + log(row_sum)
+//   residual: d_raw_v = row_scale dz/draw ( p_v (1 + 2 zl lse) - eps/V - (1 - eps) [v = y] )
 //
-// | tensor                              | shape  | dtype          | logits_stats          |
-// residual_from_stats | | raw logits                          | (M, V) | f32, bf16, f16 | read | read | |
-// d_raw                               | (M, V) | same           | -                     | written, may alias
-// | | labels                              | (M,)   | int64          | read                  | read | |
-// row_max,row_sum,label_logit         | (M,)   | f32            | written, or merged in | - | | logit_sum |
-// (M,)   | f32, or null   | written, or merged in | -                   | | lse, logp | (M,)   | f32 | - |
-// read                | | row_scale                           | (M,)   | f32, or null   | - | read |
+// | tensor                          | shape  | dtype          | logits_stats          | residual_from_stats |
+// | raw logits                      | (M, V) | f32, bf16, f16 | read                  | read                |
+// | d_raw                           | (M, V) | same           | -                     | written, may alias  |
+// | labels                          | (M,)   | int64          | read                  | read                |
+// | row_max, row_sum                | (M,)   | f32            | written, or merged in | read                |
+// | label_logit                     | (M,)   | f32            | written, or merged in | -                   |
+// | logit_sum                       | (M,)   | f32, or null   | written, or merged in | -                   |
+// | logp                            | (M,)   | f32            | -                     | read                |
+// | row_scale                       | (M,)   | f32, or null   | -                     | read                |
 //
 // Bytes moved: M V elements read; residual_from_stats writes as many. Used where one visit cannot see the
 // row: evaluation, vocabulary-parallel heads (columns begin at `col_offset`), recomputation. Labels are
@@ -109,7 +112,8 @@ struct FromStatsArgs {
   const T* in;             // [M, V] pitch in_stride
   T* out;                  // [M, V] pitch out_stride
   const int64_t* labels;   // [M]
-  const float* lse;        // [M]
+  const float* row_max;    // [M]
+  const float* row_sum;    // [M]
   const float* logp;       // [M]
   const float* row_scale;  // [M] or null
   int64_t rows, in_stride, out_stride, col_offset, vocab;
@@ -127,8 +131,8 @@ __device__ bool owns_element(const RowSpan& span, int v, int t) {
   return i >= 0 && i % kResidualThreads == 0 && i / kResidualThreads < kResidualVectors;
 }
 
-// Block (x, y): columns [x * C, (x + 1) * C) with C = kResidualThreads * kResidualVectors * E, rows y, y + Y,
-// ...
+// Block (x, y): columns [x * C, (x + 1) * C) with C = kResidualThreads * kResidualVectors * E,
+// rows y, y + Y, ...
 template <class T, HeadMode kHead>
 __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kernel(const FromStatsArgs<T> a) {
   constexpr int E = kVecElems<T>;
@@ -147,18 +151,20 @@ __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kerne
       continue;
     }
 
-    // Row constants: residual = exp(z - lse) * gain + offset, times the cap's derivative.
+    // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
     const T* const in = a.in + row * a.in_stride;
     const RowSpan span = RowSpan::of(in, a.cols);
-    const float lse = a.lse[row];
+    const RowStats stats = stats_of(a.row_max[row], a.row_sum[row]);
+    const float lse = stats.max + log_sum_exp(stats);
+    const float shift = exponent_shift(stats.max);
     const float logp = a.logp[row];
     const float scale = a.row_scale != nullptr ? a.row_scale[row] * a.head.scale : a.head.scale;
     const float z_loss_factor = 2.f * a.z_loss * lse;
     const float smoothing = a.label_smoothing / static_cast<float>(a.vocab);
-    const float gain = scale * (1.f + z_loss_factor);
+    const float gain = scale * (1.f + z_loss_factor) / stats.sum;
     const float offset = -scale * smoothing;
     const auto residual = [&](float z) {
-      return fmaf(exp2_approx((z - lse) * kLog2e), gain, offset) * cap_derivative<kHead>(z, a.head);
+      return fmaf(exp2_approx(fmaf(z, kLog2e, -shift)), gain, offset) * cap_derivative<kHead>(z, a.head);
     };
 
     // The thread that owns the label's element reads its logit before anything here is overwritten.
@@ -244,8 +250,8 @@ void logits_stats(const LogitsBlock& block, const int64_t* labels, const HeadTra
 }
 
 void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
-                         const TokenLoss& token_loss, const float* lse, const float* logp,
-                         const float* row_scale, cudaStream_t stream) {
+                         const TokenLoss& token_loss, const float* row_max, const float* row_sum,
+                         const float* logp, const float* row_scale, cudaStream_t stream) {
   check_block("residual_from_stats", block, true);
   if (token_loss.vocab < block.col_offset + block.cols) {
     throw std::invalid_argument("residual_from_stats: vocab must be at least col_offset + cols = " +
@@ -258,7 +264,8 @@ void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const 
     const FromStatsArgs<T> args{static_cast<const T*>(block.in),
                                 static_cast<T*>(block.out),
                                 labels,
-                                lse,
+                                row_max,
+                                row_sum,
                                 logp,
                                 row_scale,
                                 block.rows,

@@ -46,6 +46,11 @@ __device__ inline float log_sum_exp(const RowStats& stats) {
   return logf(stats.sum) - kLn2 * shift_rounding(stats.max);
 }
 
+// The other way round.
+__device__ inline RowStats stats_of(float max, float sum_relative_to_max) {
+  return {max, sum_relative_to_max * exp2_approx(shift_rounding(max)), 0.f};
+}
+
 // sum_v exp(z_v - max).
 __device__ inline float sum_relative_to_max(const RowStats& stats) {
   return stats.sum * exp2_approx(-shift_rounding(stats.max));

@@ -5,12 +5,12 @@
 //   loss = -(1 - eps) logp + eps (lse - mean_v z_v) + zl lse^2
 //   d_raw_v = dz/draw * ( softmax(z)_v (1 + 2 zl lse) - eps/V - (1 - eps) [v = y] )
 //
-// | tensor       | shape  | dtype          | access                                   |
-// | raw logits   | (M, V) | f32, bf16, f16 | read once from device memory             |
-// | d_raw        | (M, V) | same           | written once; may be the logits          |
-// | labels       | (M,)   | int64          | read; negative: the row's outputs are 0  |
-// | bias         | (V,)   | same, or null  | read                                     |
-// | lse,logp,loss| (M,)   | f32            | written                                  |
+// | tensor                       | shape  | dtype          | access                                      |
+// | raw logits                   | (M, V) | f32, bf16, f16 | read once from device memory                |
+// | d_raw                        | (M, V) | same           | written once; may be the logits             |
+// | labels                       | (M,)   | int64          | read; negative: an ignored row              |
+// | bias                         | (V,)   | same, or null  | read                                        |
+// | row_max, row_sum, logp, loss | (M,)   | f32            | written; row_sum = sum_v exp(z_v - row_max) |
 //
 // Bytes moved: M V (read + write) elements; about 12 instructions and 2 exponentials per element.
 // A cluster of `plan.cluster` blocks owns a row. Its 16-byte vectors are dealt over all threads, which keep
@@ -32,7 +32,8 @@ struct ResidualArgs {
   const T* in;            // [M, V] pitch in_stride
   T* out;                 // [M, V] pitch out_stride
   const int64_t* labels;  // [M]
-  float* lse;             // [M]
+  float* row_max;         // [M]
+  float* row_sum;         // [M]
   float* logp;            // [M]
   float* loss;            // [M] or null
   int64_t first_row, in_stride, out_stride;
@@ -94,7 +95,8 @@ __global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, 
   if (label64 < 0) {
     zero_row(out, a.cols, t, row_threads);
     if (t == 0) {
-      a.lse[row] = 0.f;
+      a.row_max[row] = 0.f;
+      a.row_sum[row] = 1.f;
       a.logp[row] = 0.f;
       if (a.loss != nullptr) a.loss[row] = 0.f;
     }
@@ -175,10 +177,22 @@ __global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, 
   }
   const RowStats all = merge_row<kLogitSum>(stats, exchange, rank, cluster);
 
-  // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
   const float log_sum = log_sum_exp(all);
   const float lse = all.max + log_sum;
   const float logp = (label_logit - all.max) - log_sum;
+  const auto write_statistics = [&] {
+    if (t != 0) return;
+    a.row_max[row] = all.max;
+    a.row_sum[row] = sum_relative_to_max(all);
+    a.logp[row] = logp;
+    if (a.loss == nullptr) return;
+    float loss = -(1.f - a.label_smoothing) * logp + a.z_loss * lse * lse;
+    if (a.label_smoothing != 0.f) {
+      loss += a.label_smoothing * (lse - all.logit_sum / static_cast<float>(a.cols));
+    }
+    a.loss[row] = loss;
+  };
+  // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
   const float z_loss_factor = 2.f * a.z_loss * lse;
   const float smoothing = a.label_smoothing / static_cast<float>(a.cols);
   const float shift = exponent_shift(all.max);
@@ -187,6 +201,21 @@ __global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, 
   const auto residual = [&](float z) {
     return fmaf(exp2_approx(fmaf(z, kLog2e, -shift)), gain, offset) * cap_derivative<kHead>(z, a.head);
   };
+  const auto label_residual = [&] {
+    const float p = exp2_approx(logp * kLog2e);
+    const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - smoothing);
+    return d_logit * a.head.scale * cap_derivative<kHead>(label_logit, a.head);
+  };
+  const bool owns_label = t == span.owner_of<E>(label, row_threads);
+
+  // What single threads write, formed where the compiler finds the registers (tests/test_cuda_build.py):
+  // before the second visit for 16-bit rows in shared memory, after it for others.
+  constexpr bool kEarly = !kRegisters && sizeof(T) == 2;
+  float label_value = 0.f;
+  if constexpr (kEarly) {
+    write_statistics();
+    if (owns_label) label_value = label_residual();
+  }
 
   // Second visit: the residual, element for element where the logits were.
   T* const out_vectors = out + span.head;
@@ -224,22 +253,8 @@ __global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, 
   if (edge >= 0) out[edge] = from_float<T>(residual(edge_logit));
 
   // The label's entry, by the thread that wrote its neighbours: program order makes it the last write.
-  if (t == span.owner_of<E>(label, row_threads)) {
-    const float p = exp2_approx(logp * kLog2e);
-    const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - smoothing);
-    out[label] = from_float<T>(d_logit * a.head.scale * cap_derivative<kHead>(label_logit, a.head));
-  }
-  if (t == 0) {
-    a.lse[row] = lse;
-    a.logp[row] = logp;
-    if (a.loss != nullptr) {
-      float loss = -(1.f - a.label_smoothing) * logp + a.z_loss * lse * lse;
-      if (a.label_smoothing != 0.f) {
-        loss += a.label_smoothing * (lse - all.logit_sum / static_cast<float>(a.cols));
-      }
-      a.loss[row] = loss;
-    }
-  }
+  if (owns_label) out[label] = from_float<T>(kEarly ? label_value : label_residual());
+  if constexpr (!kEarly) write_statistics();
 }
 
 // One cluster per row; rows beyond the largest grid go to further launches.
@@ -263,8 +278,8 @@ void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_
 }  // namespace
 
 void softmax_residual(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
-                      const TokenLoss& token_loss, float* lse, float* logp, float* loss, const RowPlan& plan,
-                      cudaStream_t stream) {
+                      const TokenLoss& token_loss, float* row_max, float* row_sum, float* logp, float* loss,
+                      const RowPlan& plan, cudaStream_t stream) {
   check_block("softmax_residual", block, true);
   check_row_plan(plan);
   if (block.rows == 0) return;
@@ -284,7 +299,8 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
     const ResidualArgs<T> args{static_cast<const T*>(block.in),
                                static_cast<T*>(block.out),
                                labels,
-                               lse,
+                               row_max,
+                               row_sum,
                                logp,
                                loss,
                                0,

@@ -73,8 +73,8 @@ class Backend(Protocol):
 
     * ``logits``: (M, V), any supported dtype, ``stride(1) == 1``, any row stride >= V.
     * ``labels``: (M,) int64, vocabulary indices. A negative label marks an ignored row: its residual row is 0,
-      and its ``lse``, ``logp`` and ``loss`` are 0. A label at or above the vocabulary's size is an error: a
-      ValueError on the CPU, a device assertion on a GPU.
+      and its ``row_max``, ``logp`` and ``loss`` are 0, its ``row_sum`` 1. A label at or above the vocabulary's
+      size is an error: a ValueError on the CPU, a device assertion on a GPU.
     * ``bias``: (V,) in the dtype of the logits, or None.
     * The same inputs give the same bits, whatever the number of threads or blocks.
     * ``M == 0``, ``S == 0`` and empty segments are legal and write nothing or zeros.
@@ -97,16 +97,17 @@ class Backend(Protocol):
         head: HeadTransform,
         token_loss: TokenLoss,
         *,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         loss: Tensor | None,
     ) -> None:
         """Write d(token loss)/d(raw logits) to ``out`` (M, V), which may be ``logits`` itself.
 
-        Also writes ``lse`` (M,) = log sum_v exp z_v, ``logp`` (M,) = z_label - lse and, where asked for,
-        ``loss`` (M,), all in acc dtype. ``logp`` is formed as (z_label - max) - log sum_v exp(z_v - max): with
-        logits of 1e4 the rounding of lse alone would be 1e-3. The label's entry comes from expm1(logp), so that it
-        does not cancel.
+        Also writes ``row_max`` (M,) = max_v z_v, ``row_sum`` (M,) = sum_v exp(z_v - row_max), ``logp`` (M,) =
+        (z_label - row_max) - log row_sum and, where asked for, ``loss`` (M,), all in acc dtype. The log-sum-exp
+        is never one number: rounded, it would cost each probability of the row |lse| roundings (with logits of
+        1e4, 1e-3). The label's entry comes from expm1(logp), so that it does not cancel.
         """
 
     def logits_stats(
@@ -142,11 +143,12 @@ class Backend(Protocol):
         *,
         col_offset: int,
         vocab_size: int,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         row_scale: Tensor | None,
     ) -> None:
-        """As ``softmax_residual``, from a known ``lse`` and ``logp`` (M,), times ``row_scale`` (M,) if given."""
+        """As ``softmax_residual``, from statistics (M,) of whole rows, times ``row_scale`` (M,) if given."""
 
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
         """``out`` (S,) = sum (or mean) of ``values`` (N,) over [cu_seqlens[s], cu_seqlens[s + 1]), acc dtype."""

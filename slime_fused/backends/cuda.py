@@ -94,14 +94,15 @@ class CudaBackend:
         head: HeadTransform,
         token_loss: TokenLoss,
         *,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         loss: Tensor | None,
         plan: Any = None,
     ) -> None:
         """See :meth:`Backend.softmax_residual`. ``plan``: a ``_C.cuda.RowPlan`` instead of the tuned one."""
         rows, cols = logits.shape
-        device, stream = _placed(logits, out, labels, bias, lse, logp, loss)
+        device, stream = _placed(logits, out, labels, bias, row_max, row_sum, logp, loss)
         if rows == 0:
             return
         with _on(device):
@@ -119,7 +120,8 @@ class CudaBackend:
                 softcap=head.softcap or 0.0,
                 label_smoothing=token_loss.label_smoothing,
                 z_loss=token_loss.z_loss,
-                lse=vector("lse", lse, rows, torch.float32),
+                row_max=vector("row_max", row_max, rows, torch.float32),
+                row_sum=vector("row_sum", row_sum, rows, torch.float32),
                 logp=vector("logp", logp, rows, torch.float32),
                 loss=vector("loss", loss, rows, torch.float32),
                 plan=_row_plan(cols, logits.element_size(), device) if plan is None else plan,
@@ -178,13 +180,14 @@ class CudaBackend:
         *,
         col_offset: int,
         vocab_size: int,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         row_scale: Tensor | None,
     ) -> None:
         """See :meth:`Backend.residual_from_stats`."""
         rows, cols = logits.shape
-        device, stream = _placed(logits, out, labels, bias, lse, logp, row_scale)
+        device, stream = _placed(logits, out, labels, bias, row_max, row_sum, logp, row_scale)
         if rows == 0:
             return
         with _on(device):
@@ -204,7 +207,8 @@ class CudaBackend:
                 softcap=head.softcap or 0.0,
                 label_smoothing=token_loss.label_smoothing,
                 z_loss=token_loss.z_loss,
-                lse=vector("lse", lse, rows, torch.float32),
+                row_max=vector("row_max", row_max, rows, torch.float32),
+                row_sum=vector("row_sum", row_sum, rows, torch.float32),
                 logp=vector("logp", logp, rows, torch.float32),
                 row_scale=vector("row_scale", row_scale, rows, torch.float32),
                 device=device,

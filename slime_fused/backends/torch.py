@@ -58,7 +58,8 @@ class TorchBackend:
         head: HeadTransform,
         token_loss: TokenLoss,
         *,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         loss: Tensor | None,
     ) -> None:
@@ -69,7 +70,9 @@ class TorchBackend:
         _check_labels(labels, logits.shape[1])
         ignored = labels < 0
         at_label = labels.clamp(min=0)[:, None]
-        lse.copy_(torch.logsumexp(z, dim=1).masked_fill_(ignored, 0))
+        row_max.copy_(z.amax(1).masked_fill_(ignored, 0))
+        row_sum.copy_(torch.exp(z - _finite(row_max)[:, None]).sum(1).masked_fill_(ignored, 1))
+        lse = row_max + row_sum.log()
         logp.copy_(torch.log_softmax(z, dim=1).gather(1, at_label).squeeze(1).masked_fill_(ignored, 0))
         if loss is not None:
             eps, vocab = token_loss.label_smoothing, logits.shape[1]
@@ -103,8 +106,7 @@ class TorchBackend:
         z_label = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
         block_max = z.amax(1)
         new_max = torch.maximum(row_max, block_max) if merge else block_max
-        # exp(-inf - -inf) would be NaN: a row of -inf has sum 0 relative to any finite reference.
-        reference = torch.where(new_max == -torch.inf, 0, new_max)
+        reference = _finite(new_max)
         block_sum = torch.exp(z - reference[:, None]).sum(1)
         if merge:
             row_sum.mul_(torch.exp(row_max - reference)).add_(block_sum)
@@ -127,7 +129,8 @@ class TorchBackend:
         *,
         col_offset: int,
         vocab_size: int,
-        lse: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
         logp: Tensor,
         row_scale: Tensor | None,
     ) -> None:
@@ -136,7 +139,8 @@ class TorchBackend:
             return
         _check_labels(labels, vocab_size)
         z = transform_logits(logits, bias, head)
-        softmax = torch.exp(z - lse[:, None])
+        softmax = torch.exp(z - _finite(row_max)[:, None]) / row_sum[:, None]
+        lse = row_max + row_sum.log()
         self._write_residual(
             softmax, z, out, labels, head, token_loss, col_offset, vocab_size, lse, logp, row_scale
         )
@@ -237,6 +241,11 @@ class TorchBackend:
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         """See `Backend.scale_`."""
         tensor.mul_(factor)
+
+
+def _finite(row_max: Tensor) -> Tensor:
+    """What to subtract before exponentials: exp(-inf - -inf) would be NaN, and a row of -inf has sum 0."""
+    return torch.where(row_max == -torch.inf, 0, row_max)
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -87,7 +87,8 @@ class TritonBackend:
         head: HeadTransform,
         token_loss: TokenLoss,
         *,
-        lse: Tensor,  # [M]
+        row_max: Tensor,  # [M]
+        row_sum: Tensor,  # [M]
         logp: Tensor,  # [M]
         loss: Tensor | None,  # [M]
     ) -> None:
@@ -101,7 +102,8 @@ class TritonBackend:
                 out,
                 labels,
                 bias,
-                lse,
+                row_max,
+                row_sum,
                 logp,
                 loss,
                 scale=head.scale,
@@ -153,7 +155,8 @@ class TritonBackend:
         *,
         col_offset: int,
         vocab_size: int,
-        lse: Tensor,  # [M]
+        row_max: Tensor,  # [M]
+        row_sum: Tensor,  # [M]
         logp: Tensor,  # [M]
         row_scale: Tensor | None,  # [M]
     ) -> None:
@@ -167,7 +170,8 @@ class TritonBackend:
                 out,
                 labels,
                 bias,
-                lse,
+                row_max,
+                row_sum,
                 logp,
                 row_scale,
                 scale=head.scale,

@@ -36,7 +36,7 @@ def row_kernels(dtype, cols, softcap, threads, short_out=0):
     bias = logits_buffer(dtype, 1, max(cols, 1024), 1)[0, -cols:].copy() if softcap else None
     out = np.empty((ROWS - short_out) * cols, dtype=logits.dtype)
     labels = np.random.default_rng(2).integers(-1, cols, ROWS)
-    lse, logp, loss, row_max, row_sum, label_logit, logit_sum = (np.ones(ROWS, dtype=acc) for _ in range(7))
+    logp, loss, row_max, row_sum, label_logit, logit_sum = (np.ones(ROWS, dtype=acc) for _ in range(6))
     head = {"labels": address(labels), "bias": address(bias), "scale": 1.5 if softcap else 1.0, "softcap": softcap}
     token_loss = {"label_smoothing": 0.1 if softcap else 0.0, "z_loss": 1e-3 if softcap else 0.0}
     block = {
@@ -44,15 +44,15 @@ def row_kernels(dtype, cols, softcap, threads, short_out=0):
         "num_threads": threads,
     }  # fmt: skip
     written = {"out": address(out), "out_stride": cols, **token_loss}
-    _C.cpu.softmax_residual(**block, **written, lse=address(lse), logp=address(logp), loss=address(loss))
+    stats = {"row_max": address(row_max), "row_sum": address(row_sum), "logp": address(logp)}
+    _C.cpu.softmax_residual(**block, **written, **stats, loss=address(loss))
     for merge in (False, True):
         _C.cpu.logits_stats(
-            **block, col_offset=0, merge=merge, row_max=address(row_max), row_sum=address(row_sum),
+            **block, col_offset=0, merge=merge, row_max=stats["row_max"], row_sum=stats["row_sum"],
             label_logit=address(label_logit), logit_sum=address(logit_sum),
         )  # fmt: skip
     _C.cpu.residual_from_stats(
-        **block, **written, col_offset=0, vocab_size=cols, lse=address(lse), logp=address(logp),
-        row_scale=address(loss),
+        **block, **written, **stats, col_offset=0, vocab_size=cols, row_scale=address(loss),
     )  # fmt: skip
 
 

@@ -135,6 +135,17 @@ def test_adapters(config, trained, tied, batch, make_args, tokenizer):
     assert all("lora" in name or "modules_to_save" in name or "trainable_tokens" in name for name in grads)
 
 
+@pytest.mark.parametrize("config", [None, lora(target_modules=["lm_head"])], ids=["plain head", "LoRA head"])
+def test_mixed_precision_passes_the_check_of_the_head(config, make_args, tokenizer):
+    # Logits up to 90: the model's own are rounded to bfloat16, ours are not, and the two are 0.3 apart.
+    model = tiny_llama(len(tokenizer), initializer_range=0.3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    model = model if config is None else get_peft_model(model, config)
+    trainer = SlimeTrainer(model, make_args(bf16=True), train_dataset=make_pairs(8), processing_class=tokenizer)
+    assert trainer.train().training_loss > 0
+
+
 def test_a_disabled_adapter_leaves_the_base_head(batch, make_args, tokenizer):
     model = get_peft_model(tiny_llama(len(tokenizer)), lora(target_modules=["lm_head"]))
     args = make_args()
