@@ -33,6 +33,7 @@ def run(command, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",  # a build that was cut short must still show what it said
         timeout=550,
     )
 
