@@ -26,7 +26,7 @@ CASES=${CASES:-}
 DRY_RUN=${DRY_RUN:-0}
 WHEELS=${WHEELS:-}
 CUDA=${CUDA:-ON}
-CORRECTNESS=" environment build stream-tests tests memcheck racecheck "
+CORRECTNESS=" environment build stream-tests tests-alone tests memcheck racecheck "
 
 device_name() { nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1; }
 slug() { printf '%s' "$1" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-//; s/-$//'; }
@@ -131,7 +131,7 @@ import_modules() {
 import importlib
 for name in ("bench.cases", "bench.contestants", "bench.cpu", "bench.gpu", "bench.measure", "bench.oracle",
              "bench.peers", "bench.registry", "bench.report", "bench.results", "bench.runner", "bench.sanitize",
-             "bench.worker"):
+             "bench.worker", "bench.micro.row_kernels", "bench.micro.triton_kernels"):
     importlib.import_module(name)
     print("imported", name)
 PY
@@ -156,15 +156,20 @@ if wants tests; then
   mapfile -t gpu_tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
   # A kernel on the wrong stream makes every later number meaningless, so that is asked first.
   TAIL=8 part stream-tests 90 "$PYTHON" -m pytest -q -x -m gpu -k stream -p no:cacheprovider "${gpu_tests[@]}"
-  TAIL=40 part tests 200 "$PYTHON" -m pytest -q -m gpu -k "not stream" --maxfail=30 --tb=short \
-    -p no:cacheprovider --durations=8 "${gpu_tests[@]}"
+  # Triton compiles hundreds of kernels for these: several processes where pytest-xdist is there.
+  parallel=()
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 8); fi
+  pytest_gpu=("$PYTHON" -m pytest -q -k "not stream" --maxfail=30 --tb=short -p no:cacheprovider "${gpu_tests[@]}")
+  TAIL=12 part tests-alone 60 "${pytest_gpu[@]}" -m "gpu and alone"
+  TAIL=40 part tests 220 "${pytest_gpu[@]}" -m "gpu and not alone" --durations=8 ${parallel[@]+"${parallel[@]}"}
 fi
 
 if wants sanitizer; then
   if command -v compute-sanitizer >/dev/null 2>&1 || [[ $DRY_RUN == 1 ]]; then
     for tool in memcheck racecheck; do
+      # Our kernels alone, whose names hold the namespace: PyTorch's would take the time.
       part $tool 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-        "$PYTHON" -m bench.sanitize
+        --kernel-name kernel_substring=slime_fused --report-api-errors no "$PYTHON" -m bench.sanitize
     done
   else
     skip sanitizer "compute-sanitizer is not installed"

@@ -18,7 +18,8 @@ from slime_fused.backends import get_backend
 from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, TokenLoss, acc_dtype
 
 _ROWS = 5
-_COLUMNS = (1, 257, 4096, 5003)
+# The last takes clusters of blocks on compute capability 9.x and 10.x: two in 16 bits, four in float32.
+_COLUMNS = (1, 257, 4096, 5003, 33001)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Padding elements after each row, so that rows start at addresses of every alignment.
 _PITCHES = (0, 3)

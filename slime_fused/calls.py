@@ -40,6 +40,11 @@ class Wants:
     weight: bool
     bias: bool
 
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        """The three, in order."""
+        return self.hidden, self.weight, self.bias
+
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
         """Those of the inputs that require one, none under ``torch.no_grad()``."""
@@ -87,7 +92,7 @@ def prepare_call(
     """
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     tp_group, cp_group = find_group(options.tp_group), find_group(options.cp_group)
-    shard = None if tp_group is None else VocabShard.of(hidden, weight, tp_group)
+    shard = None if tp_group is None else VocabShard.of(hidden, weight, labels, wants.flags, tp_group)
 
     def resolve() -> TokenLayout:
         return resolve_layout(
@@ -102,7 +107,7 @@ def prepare_call(
     if cp_group is None:
         layout = resolve()
     else:
-        layout, context = ContextShard.of(resolve, cp_group, hidden.device)
+        layout, context = ContextShard.of(resolve, wants.flags, cp_group, hidden.device)
     if operation == "slime":
         check_pairs(len(layout.lengths))
         require_responses(layout.lengths if context is None else context.total_lengths)

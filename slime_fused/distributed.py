@@ -15,14 +15,14 @@ each raises where they do not, so that none waits for the others.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from slime_fused.layout import TokenLayout
 from slime_fused.stats import VocabStats
@@ -41,18 +41,23 @@ class VocabShard:
     """Rows of the largest shard: what every process plans with, so that all take the same chunks."""
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, group: dist.ProcessGroup) -> VocabShard:
+    def of(
+        cls, hidden: Tensor, weight: Tensor, labels: Tensor, wants: Sequence[bool], group: dist.ProcessGroup
+    ) -> VocabShard:
         """Learn the others' sizes.
 
-        Raises ValueError, on every process, where ``hidden`` differs in shape or one holds no row of ``weight``.
+        Raises ValueError, on every process, where they disagree on ``hidden``'s shape, on ``labels`` or on which
+        gradients are wanted, or where one holds no row of ``weight``.
         """
-        rows, shard = hidden.numel() // hidden.shape[-1], weight.shape[0]
-        shapes = gather_ints([rows, hidden.shape[-1], shard], group, hidden.device)
-        for axis, name in enumerate(("rows", "columns")):
-            sizes = [shape[axis] for shape in shapes]
-            if len(set(sizes)) > 1:
-                raise ValueError(f"hidden: expected as many {name} on every process of tp_group, got {sizes}")
-        shards = [shape[2] for shape in shapes]
+        flat = labels.flatten()
+        checksum = torch.arange(1, flat.numel() + 1, device=flat.device).mul_(flat.long() + 1).sum()
+        sizes = [hidden.numel() // hidden.shape[-1], hidden.shape[-1], weight.shape[0], _bits(wants)]
+        told = gather_ints([*sizes, checksum], group, hidden.device)
+        for what, place in (("hidden: expected as many rows", 0), ("hidden: expected as many columns", 1)):
+            _require_alike(what, [numbers[place] for numbers in told], "tp_group")
+        _require_alike("labels: expected the same ones (a checksum)", [numbers[4] for numbers in told], "tp_group")
+        _require_alike(_SAME_WANTS, [numbers[3] for numbers in told], "tp_group")
+        shards = [numbers[2] for numbers in told]
         if min(shards) == 0:
             raise ValueError(f"weight: expected at least one row on every process of tp_group, got {shards}")
         return cls(group, sum(shards[: dist.get_rank(group)]), sum(shards), max(shards))
@@ -89,29 +94,34 @@ class ContextShard:
 
     @classmethod
     def of(
-        cls, resolve: Callable[[], TokenLayout], group: dist.ProcessGroup, device: torch.device
+        cls,
+        resolve: Callable[[], TokenLayout],
+        wants: Sequence[bool],
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> tuple[TokenLayout, ContextShard]:
         """This process's layout, and the others' lengths.
 
-        ``resolve`` forms the layout. What it raises is raised once the others know of it; they raise ValueError.
+        ``resolve`` forms the layout. What it raises is raised once the others know of it; they raise ValueError,
+        as all do where they disagree on the number of sequences or on which gradients are wanted.
         """
         layout, error = None, None
         try:
             layout = resolve()
         except ValueError as raised:
             error = raised
-        counts = [-1 if layout is None else len(layout.lengths)]
-        sequences = [count for (count,) in gather_ints(counts, group, device)]
+        told = gather_ints([-1 if layout is None else len(layout.lengths), _bits(wants)], group, device)
         if error is not None:
             raise error
         assert layout is not None
+        sequences = [numbers[0] for numbers in told]
         if min(sequences) < 0:
             raise ValueError(
                 f"cp_group: the labels of process {sequences.index(min(sequences))} of the group were refused there"
             )
-        if len(set(sequences)) > 1:
-            raise ValueError(f"labels: expected as many sequences on every process of cp_group, got {sequences}")
-        return layout, cls(group, tuple(tuple(x) for x in gather_ints(list(layout.lengths), group, device)))
+        _require_alike("labels: expected as many sequences", sequences, "cp_group")
+        _require_alike(_SAME_WANTS, [numbers[1] for numbers in told], "cp_group")
+        return layout, cls(group, tuple(tuple(x) for x in gather_ints(layout.lengths, group, device)))
 
     @property
     def total_lengths(self) -> tuple[int, ...]:
@@ -178,12 +188,24 @@ class BatchShare:
         return cls(*(count / dist.get_world_size(group) for count in total.tolist()))
 
 
-def gather_ints(values: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+def gather_ints(values: Sequence[int | Tensor], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
     """``values``, as many on every process, of every process in order of rank. Waits for the device."""
-    own = torch.tensor(values, dtype=torch.int64, device=device)
+    own = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=device) for value in values])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
-    return [row.tolist() for row in gathered]
+    return torch.stack(gathered).tolist()
+
+
+_SAME_WANTS = "requires_grad: expected the same of hidden, weight and bias (bits 1, 2, 4)"
+
+
+def _bits(flags: Sequence[bool]) -> int:
+    return sum(flag << place for place, flag in enumerate(flags))
+
+
+def _require_alike(expected: str, told: list[int], group: str) -> None:
+    if len(set(told)) > 1:
+        raise ValueError(f"{expected} on every process of {group}, got {told}")
 
 
 def group_name(argument: str, group: object) -> str | None:
@@ -202,5 +224,8 @@ def group_name(argument: str, group: object) -> str | None:
 
 def find_group(name: str | None) -> dist.ProcessGroup | None:
     """The group of that name."""
-    resolve: Any = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009 -- absent from torch's stubs
-    return None if name is None else resolve(name)
+    if name is None:
+        return None
+    # Absent from torch's stubs; and the module itself from a torch without distributed support.
+    resolve: Any = importlib.import_module("torch.distributed.distributed_c10d")._resolve_process_group
+    return cast("dist.ProcessGroup", resolve(name))

@@ -353,6 +353,9 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
 def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
     rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
     workspace = max(min(rows * problem.row_bytes, _AUTO_CAP[kind]), problem.row_bytes)
+    if problem.operation == "token":
+        # One chunk would keep its residual until backward, where several keep nothing.
+        return workspace
     # The same on all processes that share sequences, whose rows differ and whose chunks must meet.
     all_rows = sum(problem.pair_rows) or problem.rows
     in_chunks = make_plan(replace(problem, rows=all_rows), workspace)

@@ -98,5 +98,5 @@ def _is_slow_on_cpu(operand: Tensor) -> bool:
 
 
 def _blocks(size: int, row_bytes: int) -> list[slice]:
-    rows = max(1, WEIGHT_GRAD_BLOCK_BYTES // row_bytes)
+    rows = max(1, WEIGHT_GRAD_BLOCK_BYTES // max(1, row_bytes))  # a chunk of no rows takes no bytes
     return [slice(i, min(i + rows, size)) for i in range(0, size, rows)]

@@ -17,13 +17,14 @@ from pathlib import Path
 LAUNCH = "(kernel)<<<(grid), (block), (smem_bytes), (stream)>>>(__VA_ARGS__)"
 HOST_HEADERS = (
     *("cuda_runtime.h", "cuda_runtime_api.h", "algorithm", "cstdint", "cstdio"),
-    *("stdexcept", "string", "type_traits"),
+    *("mutex", "stdexcept", "string", "type_traits"),
 )
 HOST = """#pragma once
 #define INFINITY __int_as_float(0x7f800000)
 #define cudaGetLastError() cudaSuccess
 #define cudaGetErrorString(error) ""
 #define cudaFuncSetAttribute(kernel, attribute, value)
+#define cudaFuncGetAttributes(attributes, kernel) cudaSuccess
 #define cudaLaunchKernelEx(config, kernel, ...) keep(kernel)
 template <class Kernel> void keep(Kernel* kernel) { [[maybe_unused]] Kernel* volatile address = kernel; }
 using int32_t = int;
@@ -39,6 +40,8 @@ struct string {
 inline string to_string(long) { return ""; }
 struct invalid_argument { invalid_argument(const string&) {} };
 using runtime_error = invalid_argument;
+struct mutex {};
+template <class Mutex> struct lock_guard { lock_guard(Mutex&) {} };
 template <class T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
 template <class T> const T& max(const T& a, const T& b) { return a < b ? b : a; }
 template <class T, T v> struct integral_constant { static constexpr T value = v; };

@@ -143,6 +143,30 @@ def check_tokens(groups: Groups, dtype: torch.dtype, workspace: Any, reduction: 
     assert_as_exact_as_plain(fused, reference.slime_loss, batch, options={"config": config}, workspace=workspace)
 
 
+def check_all_tokens_on_one_process(groups: Groups) -> None:
+    """The others hold no row of any chunk, and still take part."""
+
+    def call(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor, cu_seqlens: Tensor, **options: Any
+    ) -> Any:
+        own = slice(None) if dist.get_rank(groups.row) == 0 else slice(0, 0)
+        bounds = cu_seqlens if dist.get_rank(groups.row) == 0 else torch.zeros_like(cu_seqlens)
+        whole = slice(None)
+        return sf.slime_loss(
+            take(hidden, own, groups.row),
+            take(weight, whole, groups.row),
+            labels[own],
+            bias=take(bias, whole, groups.row),
+            cu_seqlens=bounds,
+            cp_group=groups.row,
+            **options,
+        )
+
+    for workspace in WORKSPACES.values():
+        batch = pack(batch_of(torch.float32))
+        assert_as_exact_as_plain(call, reference.slime_loss, batch, options={}, workspace=workspace)
+
+
 def check_vocabulary_and_tokens(groups: Groups) -> None:
     by_tokens = shard_tokens(sf.slime_loss, groups.column)
     fused = shard_vocabulary(by_tokens, groups.row, (0, 60, 103))
@@ -262,6 +286,21 @@ def check_refusals(groups: Groups) -> None:
     message = raised(ValueError, sf.slime_loss, fewer, cp_group=groups.row)
     assert message == "labels: expected as many sequences on every process of cp_group, got [4, 6]", message
 
+    fewer = batch if rank % 2 else Batch(batch.hidden[:3], batch.weight, batch.labels[:3])
+    message = raised(ValueError, sf.slime_loss, fewer, cp_group=groups.row)
+    assert message == "labels: expected as many sequences on every process of cp_group, got [3, 6]", message
+
+    wanted = batch.leaves(("hidden", "weight") if rank % 2 else ("weight",))
+    for name in ("tp_group", "cp_group"):
+        message = raised(ValueError, sf.slime_loss, wanted, **{name: groups.row})
+        expected = "requires_grad: expected the same of hidden, weight and bias (bits 1, 2, 4) on every process of "
+        assert message == f"{expected}{name}, got [2, 3]", message
+
+    labels = batch.labels.clone()
+    labels[2, 3] += rank % 2
+    message = raised(ValueError, sf.slime_loss, Batch(batch.hidden, batch.weight, labels), tp_group=groups.row)
+    assert message.startswith("labels: expected the same ones (a checksum) on every process of tp_group"), message
+
     # Each process may lack a response; that all of them lack it is an error.
     labels = batch.labels.clone()
     labels[1] = -100
@@ -297,6 +336,7 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
         for dtype in FLOATS
         for size, workspace in WORKSPACES.items()
     },
+    "tokens-all_on_one": check_all_tokens_on_one_process,
     "vocabulary_and_tokens": check_vocabulary_and_tokens,
     "documented_example": check_documented_example,
     "batch-sequence": lambda groups: check_batch(groups, "sequence"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+import slime_fused.backends.cuda as cuda_backend
 from tests import backend_grid as grid
 from tests.cuda_emulator.backend import emulated_backend, load_module
 from tests.cuda_emulator.build import EmulatorUnavailable, Mode, build, sanitizer_environment
@@ -138,6 +140,24 @@ def test_chosen_plans_fit_each_device(native, dtype, capability):
     native.set_schedule("fixed")
     case = grid.RowCase("long", rows=3, vocab=65_003, dtype=dtype, has_bias=True, ignored=(1,))
     grid.check_softmax_residual(emulated_backend(native, capability), case, CPU)
+
+
+def test_a_build_for_older_devices_takes_no_clusters(native, monkeypatch):
+    """PTX for 8.0 runs on 9.0 and sees clusters of one block: a plan with more would leave its rows."""
+    assert native.cuda.row_kernel_capability(0) == 90
+    native.set_compiled_for(80)
+    try:
+        assert native.cuda.row_kernel_capability(0) == 80
+        backend = emulated_backend(native, plan=native.cuda.RowPlan(cluster=2, threads=64))
+        with pytest.raises(ValueError, match="cluster must be 1 for kernels compiled for capability 80, got 2"):
+            grid.check_softmax_residual(backend, grid.RowCase("short", rows=2, vocab=40), CPU)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+        monkeypatch.setattr("slime_fused.backends.cuda._native", lambda: native.cuda)
+        monkeypatch.setattr("slime_fused.backends.cuda._on", lambda _device: nullcontext())
+        assert cuda_backend._row_plan.__wrapped__(128_256, 2, 0).cluster == 1
+    finally:
+        native.set_compiled_for(90)
+    assert cuda_backend._row_plan.__wrapped__(128_256, 2, 0).cluster == 4
 
 
 def row_results(backend: Any, case: grid.RowCase) -> list[torch.Tensor]:

@@ -82,6 +82,15 @@ void bind_row_plan(py::module_& module) {
                ", shared_vectors=" + std::to_string(p.shared_vectors) + ")";
       });
   module.def(
+      "row_kernel_capability",
+      [](int device) {
+        use_device(device);
+        return cuda::row_kernel_capability();
+      },
+      "device"_a,
+      "10 * major + minor that softmax_residual was compiled for on this device: its plan may not ask for "
+      "more.");
+  module.def(
       "choose_row_plan", &cuda::choose_row_plan, "cols"_a, "elem_bytes"_a, "capability"_a,
       "The plan that softmax_residual takes for rows of `cols` elements on a device of this capability.");
 }

@@ -26,6 +26,10 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
 void logits_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head, float* row_max,
                   float* row_sum, float* label_logit, float* logit_sum, bool merge, cudaStream_t stream);
 
+// What softmax_residual was compiled for on the current device, as 10 * major + minor: its plan must not ask
+// for more.
+int row_kernel_capability();
+
 // As softmax_residual from known row_max, row_sum, logp [M], times row_scale [M] or null. token_loss.vocab:
 // the whole vocabulary.
 void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,

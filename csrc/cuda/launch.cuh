@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -53,6 +54,31 @@ struct LaunchShape {
   int cluster = 1;  // blocks that share a row and see each other's shared memory
 };
 
+// What `kernel` was compiled for, as 10 * major + minor: below the device's capability where it comes from
+// PTX of an older architecture, which knows no newer instruction.
+template <class... Params>
+int compiled_capability(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("cudaFuncGetAttributes failed: ") + cudaGetErrorString(error));
+  }
+  return attributes.ptxVersion;
+}
+
+// Lets `kernel` take `bytes` of dynamic shared memory; only ever raises the limit, so that a launch of
+// another thread keeps what it asked for.
+template <class... Params>
+void allow_shared_memory(void (*kernel)(Params...), int bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+      attributes.maxDynamicSharedSizeBytes < bytes) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+}
+
 // Launches `kernel` with clusters of `shape.cluster` blocks; shape.blocks must be a multiple of it.
 template <class... Params, class... Args>
 void launch_clustered(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream,
@@ -61,9 +87,7 @@ void launch_clustered(void (*kernel)(Params...), const LaunchShape& shape, cudaS
   const auto block = static_cast<unsigned>(shape.threads);
   // Above 48 KB a kernel must opt in, and so must a cluster of more than 8 blocks. Failures surface in
   // check_launch: the launch that follows reports them again.
-  if (shape.smem_bytes > 48 * 1024) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.smem_bytes);
-  }
+  if (shape.smem_bytes > 48 * 1024) allow_shared_memory(kernel, shape.smem_bytes);
   if (shape.cluster > 1) {
     if (shape.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute attribute{};

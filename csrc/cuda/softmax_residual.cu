@@ -277,12 +277,21 @@ void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_
 
 }  // namespace
 
+int row_kernel_capability() {
+  return compiled_capability(&softmax_residual_kernel<__nv_bfloat16, HeadMode::identity, false>);
+}
+
 void softmax_residual(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
                       const TokenLoss& token_loss, float* row_max, float* row_sum, float* logp, float* loss,
                       const RowPlan& plan, cudaStream_t stream) {
   check_block("softmax_residual", block, true);
   check_row_plan(plan);
   if (block.rows == 0) return;
+  if (plan.cluster > 1 && row_kernel_capability() < 90) {
+    throw std::invalid_argument("row plan: cluster must be 1 for kernels compiled for capability " +
+                                std::to_string(row_kernel_capability()) + ", got " +
+                                std::to_string(plan.cluster));
+  }
   const int64_t vectors = (block.cols * element_size(block.dtype) + 15) / 16;
   if (plan.stage == RowStage::registers &&
       vectors > int64_t{kRegisterVectors} * plan.cluster * plan.threads) {

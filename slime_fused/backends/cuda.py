@@ -29,9 +29,14 @@ def _native() -> ModuleType:
 
 @cache
 def _row_plan(cols: int, elem_bytes: int, device: int) -> Any:
-    """The launch plan of ``softmax_residual`` (csrc/cuda/row_plan.h) for rows of ``cols`` elements."""
+    """The launch plan of ``softmax_residual`` (csrc/cuda/row_plan.h) for rows of ``cols`` elements.
+
+    For what the kernel was compiled for: a build for older GPUs runs on newer ones without what these added.
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    return _native().choose_row_plan(cols, elem_bytes, 10 * major + minor)
+    with _on(device):
+        compiled = _native().row_kernel_capability(device)
+    return _native().choose_row_plan(cols, elem_bytes, min(10 * major + minor, compiled))
 
 
 def _placed(*tensors: Tensor | None) -> tuple[int, int]:

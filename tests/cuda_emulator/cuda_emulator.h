@@ -84,10 +84,15 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 
 }  // namespace cuda_emulator
 
-// The runtime's C++ forms of these two, which <cuda_runtime.h> defines for nvcc.
+// The runtime's C++ forms, which <cuda_runtime.h> defines for nvcc.
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -26,6 +26,8 @@ PYBIND11_MODULE(_C_emulated, module) {
       },
       py::arg("order"), py::arg("seed") = 0,
       "The order in which threads of a block run: fixed, reversed or random.");
+  module.def("set_compiled_for", &cuda_emulator::set_compiled_for, py::arg("capability"),
+             "The capability that kernels say they were compiled for; 90 unless told.");
   py::module_ cuda = module.def_submodule("cuda", "The CUDA kernels on host addresses.");
   slime_fused::bind_cuda(cuda);
 }

@@ -34,6 +34,8 @@ std::string to_string(const dim3& d) {
   return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
 }
 
+int compiled_for = 90;  // 10 * major + minor
+
 // What cudaFuncSetAttribute has set, by kernel.
 struct KernelAttributes {
   size_t shared_bytes = kSharedBytesByDefault;
@@ -46,6 +48,8 @@ std::map<const void*, KernelAttributes>& kernel_attributes() {
 }
 
 }  // namespace
+
+void set_compiled_for(int capability) { compiled_for = capability; }
 
 LaunchShape shape_of(const cudaLaunchConfig_t& config, const void* kernel) {
   LaunchShape shape{config.gridDim, config.blockDim, config.dynamicSmemBytes, "cudaLaunchKernelEx", 1,
@@ -136,6 +140,14 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   } else {
     throw cuda_emulator::DeviceError("cudaFuncSetAttribute: unknown attribute " + std::to_string(attribute));
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  *attributes = {};
+  attributes->ptxVersion = attributes->binaryVersion = cuda_emulator::compiled_for;
+  attributes->maxDynamicSharedSizeBytes =
+      static_cast<int>(cuda_emulator::kernel_attributes()[kernel].shared_bytes);
   return cudaSuccess;
 }
 

@@ -98,6 +98,9 @@ struct LaunchShape {
   const void* kernel = nullptr;  // whose attributes (cudaFuncSetAttribute) apply
 };
 
+// The capability that all kernels say they were compiled for, as 10 * major + minor; 90 unless told.
+void set_compiled_for(int capability);
+
 // What a cudaLaunchKernelEx asks for. Throws DeviceError for an attribute that the emulator does not know.
 LaunchShape shape_of(const cudaLaunchConfig_t& config, const void* kernel);
 
