@@ -3,7 +3,9 @@
 Fused losses need the head's weight, not its output. Reading ``model.lm_head.weight`` from outside goes wrong when
 the head is a unit of its own under FSDP or ZeRO-3: no hook gathers the weight, or none reduces its gradient. Here
 the call goes model -> decoder -> `lm_head.__call__`, so every hook that surrounds a plain forward surrounds the
-loss too, and what leaves the head is a dictionary of tensors, as those hooks expect.
+loss too, and what leaves the head is a dictionary of tensors, as those hooks expect. For LoRA on the head the same
+holds of its parts, of which PEFT's own FSDP policy makes units: the adapter's matrices come out of calls of
+`lora_A` and `lora_B`, and the loss runs inside a call of the base layer.
 
 `attach_head` adds the keyword ``head_call`` to the model's forward and to the head's. Without it both behave as
 before: generation, saving and evaluation by other means are untouched.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,10 +44,11 @@ def attach_head(model: nn.Module) -> None:
         raise TypeError(f"model: expected a causal language model with an output head, got {type(base).__name__}")
     for layer in _matrix_layers(head):
         _check_layer(layer)
-        if "_slime_plain_forward" not in layer.__dict__:
-            _patch_layer(layer)
-    if "_slime_plain_forward" not in base.__dict__:
-        _patch_model(base)
+        if _is_lora(layer):
+            _patch_lora(layer)
+        else:
+            _patch(layer, _matrix_forward)
+    _patch(base, _model_forward)
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -84,73 +87,102 @@ def _check_layer(layer: Any) -> None:
         )
 
 
-def _patch_layer(layer: Any) -> None:
-    plain = layer.forward
-
-    @functools.wraps(plain)
-    def forward(self: Any, hidden: Tensor, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
-        if head_call is None:
-            return plain(hidden, *args, **kwargs)
-        return head_call(hidden, *head_parameters(self))
-
-    layer._slime_plain_forward = plain
-    layer.forward = types.MethodType(forward, layer)
+def _patch_lora(layer: Any) -> None:
+    _patch(layer, _lora_forward)
+    _patch(layer.get_base_layer(), _matrix_forward)
+    for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+        _patch(factor, _factor_forward)
 
 
-def _patch_model(base: Any) -> None:
-    plain = base.forward
+def _patch(module: Any, replacement: Callable[..., Any]) -> None:
+    """Let ``replacement(plain, module, ...)`` be the forward of ``module``, where ``plain`` is the one it had."""
+    if "_slime_plain_forward" in module.__dict__:
+        return
+    plain = module.forward
 
     # The signature stays visible: generation and the base trainer inspect it.
     @functools.wraps(plain)
-    def forward(self: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any) -> Any:
-        if head_call is None:
-            return plain(*args, **kwargs)
-        kwargs.pop("labels", None)
-        routed = bool(getattr(self.config.get_text_config(), "output_router_logits", False))
-        if routed:
-            kwargs["output_router_logits"] = True
-        outputs = self.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
-        result = self.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
-        if routed:
-            result = {**result, "aux_loss": _router_loss(self, outputs, kwargs.get("attention_mask"))}
-        return result
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return replacement(plain, self, *args, **kwargs)
 
-    base._slime_plain_forward = plain
-    base.forward = types.MethodType(forward, base)
+    module._slime_plain_forward = plain
+    module.forward = types.MethodType(forward, module)
 
 
-def head_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """(weight (V, D), bias (V,) or None) that the forward of ``layer`` multiplies with, adapters included.
+def _model_forward(
+    plain: Callable[..., Any], base: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any
+) -> Any:
+    if head_call is None:
+        return plain(*args, **kwargs)
+    kwargs.pop("labels", None)
+    routed = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
+    if routed:
+        kwargs["output_router_logits"] = True
+    outputs = base.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    result = base.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
+    if routed:
+        result = {**result, "aux_loss": _router_loss(base, outputs, kwargs.get("attention_mask"))}
+    return result
 
-    A LoRA layer gives ``W + scaling * B A``, differentiable in A and B; it costs one more matrix of W's size.
-    Raises ValueError where no such matrix exists: LoRA dropout, an adapter bias, a tensor-parallel weight.
-    """
-    if _is_lora(layer):
-        base = layer.get_base_layer()
-        weight, bias = base.weight, base.bias
-        adapters = [] if layer.merged or layer.disable_adapters else layer.active_adapters
-        for name in adapters:
-            if name not in layer.lora_A:
-                continue
-            dropout = layer.lora_dropout[name]
-            if layer.training and getattr(dropout, "p", 0.0) > 0.0:
-                raise ValueError(
-                    f"peft_config: lora_dropout={dropout.p} on the output head cannot be fused; "
-                    "set lora_dropout=0 or disable_dropout=True"
-                )
-            if layer.lora_bias.get(name):
-                raise ValueError("peft_config: lora_bias=True on the output head is not supported; set it to False")
-            weight = weight + layer.get_delta_weight(name).to(weight.dtype)
-    else:
-        weight = layer.weight
-        # PEFT's wrapper for trainable tokens multiplies without a bias and answers no question about one.
-        bias = None if hasattr(layer, "token_adapter") else layer.bias
+
+def _matrix_forward(
+    plain: Callable[..., Any],
+    layer: Any,
+    hidden: Tensor,
+    *args: Any,
+    head_call: HeadCall | None = None,
+    deltas: Sequence[Tensor] = (),
+    **kwargs: Any,
+) -> Any:
+    """Of a plain head, or of the base layer under LoRA, to whose weight ``deltas`` are added."""
+    if head_call is None:
+        return plain(hidden, *args, **kwargs)
+    weight = layer.weight
+    # PEFT's wrapper for trainable tokens multiplies without a bias and answers no question about one.
+    bias = None if hasattr(layer, "token_adapter") else layer.bias
     if type(weight).__name__ == "DTensor":
         raise ValueError(
-            "model: the head's weight is a DTensor during its own forward (tensor parallelism), which this trainer "
-            "does not support; leave lm_head out of the tensor-parallel plan"
+            "model: expected the whole weight of the output head during its forward, got a DTensor (tensor "
+            "parallelism), which this trainer does not support; leave lm_head out of the tensor-parallel plan"
         )
-    return weight, bias
+    for delta in deltas:
+        weight = weight + delta.to(weight.dtype)
+    return head_call(hidden, weight, bias)
+
+
+def _lora_forward(
+    plain: Callable[..., Any], layer: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any
+) -> Any:
+    """``head_call`` on the weight ``W + scaling * B A``, which costs one more matrix of W's size.
+
+    Raises ValueError where no such matrix exists: LoRA dropout, an adapter bias.
+    """
+    if head_call is None:
+        return plain(*args, **kwargs)
+    adapters = [] if layer.merged or layer.disable_adapters else layer.active_adapters
+    deltas = []
+    for name in adapters:
+        if name not in layer.lora_A:
+            continue
+        dropout = layer.lora_dropout[name]
+        if layer.training and getattr(dropout, "p", 0.0) > 0.0:
+            raise ValueError(
+                f"peft_config: lora_dropout={dropout.p} on the output head cannot be fused; "
+                "set lora_dropout=0 or disable_dropout=True"
+            )
+        if layer.lora_bias.get(name):
+            raise ValueError("peft_config: lora_bias=True on the output head is not supported; set it to False")
+        a = layer.lora_A[name](weight_only=True)  # (r, D)
+        b = layer.lora_B[name](weight_only=True)  # (V, r)
+        deltas.append(layer.scaling[name] * (b @ a))
+    return layer.get_base_layer()(*args, head_call=head_call, deltas=deltas)
+
+
+def _factor_forward(
+    plain: Callable[..., Any], factor: Any, *args: Any, weight_only: bool = False, **kwargs: Any
+) -> Any:
+    """``weight_only`` gives a copy of the weight: FSDP may free the weight itself when this call ends."""
+    return factor.weight.clone() if weight_only else plain(*args, **kwargs)
 
 
 def _is_lora(layer: nn.Module) -> bool:

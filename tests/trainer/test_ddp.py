@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 def launch(folder: Path, reduction: str, batch_size: int, accumulation: int, processes: int):
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(WORKER), str(folder), reduction, str(batch_size), str(accumulation)]
-    running = []
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)} if processes > 1 else {}
-        log = (folder / f"rank{rank}.log").open("w+")
-        running.append((subprocess.Popen(command, env=environment | place, stderr=log, stdout=log), log))
-    try:
-        for process, log in running:
-            status = process.wait(timeout=200)
-            log.seek(0)
-            assert status == 0, log.read()[-3000:]
-    finally:
-        for process, log in running:
-            process.kill()
-            log.close()
+    run_processes(WORKER, [str(folder), reduction, str(batch_size), str(accumulation)], processes, folder)
     return torch.load(folder / "gradients.pt"), json.loads((folder / "reports.json").read_text())
 
 

@@ -1,0 +1,32 @@
+"""Starting the processes of a distributed test on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_processes(script: Path, arguments: list[str], count: int, logs: Path) -> None:
+    """Run ``script`` in ``count`` processes that find each other; each must end with status 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = []
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
+        log = (logs / f"rank{rank}.log").open("w+")
+        command = [sys.executable, str(script), *arguments]
+        running.append((subprocess.Popen(command, env=environment | place, stderr=log, stdout=log), log))
+    try:
+        for process, log in running:
+            status = process.wait(timeout=200)
+            log.seek(0)
+            assert status == 0, log.read()[-3000:]
+    finally:
+        for process, log in running:
+            process.kill()
+            log.close()

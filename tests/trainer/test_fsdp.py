@@ -1,0 +1,75 @@
+"""Two processes that share a model's weights (FSDP1, FSDP2) take the same optimizer steps as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_processes
+
+pytestmark = pytest.mark.slow
+
+WORKER = Path(__file__).with_name("fsdp_worker.py")
+
+EXACT = [
+    (layout, kind)
+    for layout, kinds in {
+        "FSDP1": ("full", "tied full", "LoRA", "LoRA head", "LoRA, saved head"),
+        "FSDP1, every Linear a unit": ("full",),
+        "FSDP1, kept until backward": ("LoRA head",),
+        "FSDP2": ("full", "tied full", "LoRA", "LoRA head", "tied LoRA head", "LoRA, saved head"),
+        "FSDP2, head in the root": ("full", "LoRA head"),
+        "FSDP2, head a unit": ("full", "LoRA head", "LoRA, saved head"),
+        "FSDP2, every leaf a unit": ("LoRA head",),
+    }.items()
+    for kind in kinds
+]
+KINDS = sorted({kind for _, kind in EXACT})
+
+
+def train(folder: Path, processes: int, cases: list[tuple[str, ...]]) -> dict:
+    folder.mkdir()
+    run_processes(WORKER, [str(folder), json.dumps(cases)], processes, folder)
+    results = torch.load(folder / "results.pt")
+    assert len(results) == len(cases)
+    return dict(zip(cases, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    one = train(folder / "one", 1, [("one process", kind, "float32", "fused") for kind in KINDS])
+    two = [(*case, "float32", "fused") for case in EXACT]
+    return one | train(folder / "two", 2, two)
+
+
+def assert_same(result, expected, rtol: float) -> None:
+    assert isinstance(result, dict), result
+    assert isinstance(expected, dict), expected
+    assert result["change"].keys() == expected["change"].keys()
+    moved = 0
+    for name, change in expected["change"].items():
+        size = float(change.abs().max())
+        moved += size > 0
+        error = float((result["change"][name] - change).abs().max())
+        assert error <= rtol * size, f"{name}: off by {error:.3g} of {size:.3g}"
+    assert moved
+    for report, wanted in zip(result["reports"], expected["reports"], strict=True):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "slime/stabilizer"):
+            assert report[name] == pytest.approx(wanted[name], rel=rtol), name
+    assert result["eval"]["eval_loss"] == pytest.approx(expected["eval"]["eval_loss"], rel=rtol)
+
+
+@pytest.mark.parametrize(("layout", "kind"), EXACT)
+def test_two_processes_step_as_one(results, layout, kind):
+    assert_same(results[layout, kind, "float32", "fused"], results["one process", kind, "float32", "fused"], 2e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for layout, kind in EXACT if layout == "FSDP2"])
+def test_what_is_saved_is_what_was_trained(results, kind):
+    saved = results["FSDP2", kind, "float32", "fused"]["saved"]
+    assert all(saved.values()), saved
+    trained = ["modules_to_save"] if "saved head" in kind else ["lora_A", "lora_B"] if "LoRA" in kind else ["norm"]
+    assert any(part in name or "lm_head.weight" in name for name in saved for part in trained), saved
