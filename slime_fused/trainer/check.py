@@ -59,12 +59,18 @@ def check_head(
             expected = torch.log_softmax(logits.float(), dim=-1)
             tokens = torch.stack([batch["input_ids"][0, targets], logits.argmax(-1), logits.argmin(-1)], dim=1)
             call = FusedLogProbs(positions, tokens, transform, backend, workspace)
-            fused = model(**inputs, head_call=call)["logps"]
+            dtypes: list[torch.dtype] = []
+
+            def probe(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+                dtypes.append(_product_dtype(hidden, weight))
+                return call(hidden, weight, bias)
+
+            fused = model(**inputs, head_call=probe)["logps"]
     finally:
         model.train(was_training)
     expected = expected.gather(1, tokens)
     difference = float((fused.float() - expected).abs().max())
-    dtype = _head_dtype(model, logits)
+    dtype = dtypes[0]
     allowed = _TOLERANCE[dtype] + 2.0 * _ROUNDOFF[dtype] * float(logits.abs().max())
     if not difference <= allowed:
         name = type(unwrap_peft(_unwrap_parallel(model))).__name__
@@ -91,10 +97,9 @@ def _unwrap_parallel(model: Any) -> Any:
     return model
 
 
-def _head_dtype(model: nn.Module, logits: Tensor) -> torch.dtype:
-    """The dtype the head's product is rounded to; models may widen their logits afterwards."""
-    device = logits.device.type
-    if torch.is_autocast_enabled(device):
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the head's product is rounded to; to be asked in the head, where autocast and FSDP have their say."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return dtype if dtype in _TOLERANCE else logits.dtype
+    return weight.dtype

@@ -135,13 +135,12 @@ def test_adapters(config, trained, tied, batch, make_args, tokenizer):
     assert all("lora" in name or "modules_to_save" in name or "trainable_tokens" in name for name in grads)
 
 
-@pytest.mark.parametrize("config", [None, lora(target_modules=["lm_head"])], ids=["plain head", "LoRA head"])
-def test_mixed_precision_passes_the_check_of_the_head(config, make_args, tokenizer):
-    # Logits up to 90: the model's own are rounded to bfloat16, ours are not, and the two are 0.3 apart.
-    model = tiny_llama(len(tokenizer), initializer_range=0.3)
+def test_rounding_of_mixed_precision_is_no_mismatch(make_args, tokenizer):
+    # Beside LoRA the model rounds two products to bfloat16 and their sum once more: log-probs differ by 0.5 here.
+    model = tiny_llama(len(tokenizer))
     with torch.no_grad():
         model.lm_head.weight.mul_(10)
-    model = model if config is None else get_peft_model(model, config)
+    model = get_peft_model(model, lora(target_modules=["lm_head"]))
     trainer = SlimeTrainer(model, make_args(bf16=True), train_dataset=make_pairs(8), processing_class=tokenizer)
     assert trainer.train().training_loss > 0
 
