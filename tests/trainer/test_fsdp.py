@@ -27,6 +27,7 @@ EXACT = [
     for kind in kinds
 ]
 KINDS = sorted({kind for _, kind in EXACT})
+ROUNDED = [(layout, kind) for layout in ("FSDP1", "FSDP2") for kind in ("full", "LoRA head")]
 
 
 def train(folder: Path, processes: int, cases: list[tuple[str, ...]]) -> dict:
@@ -42,6 +43,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     one = train(folder / "one", 1, [("one process", kind, "float32", "fused") for kind in KINDS])
     two = [(*case, "float32", "fused") for case in EXACT]
+    two += [(*case, "bf16", loss) for case in ROUNDED for loss in ("fused", "naive")]
     return one | train(folder / "two", 2, two)
 
 
@@ -73,3 +75,18 @@ def test_what_is_saved_is_what_was_trained(results, kind):
     assert all(saved.values()), saved
     trained = ["modules_to_save"] if "saved head" in kind else ["lora_A", "lora_B"] if "LoRA" in kind else ["norm"]
     assert any(part in name or "lm_head.weight" in name for name in saved for part in trained), saved
+
+
+@pytest.mark.parametrize(("layout", "kind"), ROUNDED)
+def test_mixed_precision_as_the_model_s_own_logits(results, layout, kind):
+    fused, naive = (results[layout, kind, "bf16", loss] for loss in ("fused", "naive"))
+    # Both round hidden states, weights and gradients to bfloat16 in places; the naive way its logits too. The
+    # second step starts from weights that differ by then, so the first says what there is to say.
+    assert isinstance(fused, dict), fused
+    assert isinstance(naive, dict), naive
+    first, wanted = fused["reports"][0], naive["reports"][0]
+    assert first["loss"] == pytest.approx(wanted["loss"], rel=2e-3)
+    assert first["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=3e-2)
+    assert first["rewards/margins"] == pytest.approx(wanted["rewards/margins"], abs=5e-3)
+    # Rounded to bfloat16 on its way, a mean of four would be a multiple of 2**-8.
+    assert first["logps/chosen"] * 2**8 % 1 != 0
