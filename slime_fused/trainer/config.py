@@ -1,7 +1,9 @@
 """Settings of a SLIME training run: `transformers.TrainingArguments` plus the loss, its execution and the data."""
 
 import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +28,11 @@ class SlimeConfig(TrainingArguments):
     )
     # None stands for "not chosen", which the base class does not need to tell apart.
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Recompute activations in the backward pass to save memory. Unset: on."}
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass to save memory. Unset: on, "
+            "unless fsdp_config has activation_checkpointing, which is the better place under FSDP."
+        },
     )
     bf16: bool | None = field(  # type: ignore[assignment]
         default=None,
@@ -131,7 +137,11 @@ class SlimeConfig(TrainingArguments):
 
     def _resolve_checkpointing(self) -> None:
         """On by default, under the name this release of `transformers` uses (``activation_...`` since 5.x)."""
-        wanted = True if self.gradient_checkpointing is None else self.gradient_checkpointing
+        if self.gradient_checkpointing is None:
+            # The base trainer refuses to see both switched on.
+            wanted = not _fsdp_checkpoints(self.fsdp_config)
+        else:
+            wanted = self.gradient_checkpointing
         if not hasattr(self, "activation_checkpointing"):
             self.gradient_checkpointing = wanted
         elif self.activation_checkpointing is None:
@@ -158,3 +168,16 @@ class SlimeConfig(TrainingArguments):
     def workspace_limit(self) -> int | str:
         """``workspace`` in the form the loss takes: a number of bytes, or text."""
         return int(self.workspace) if str(self.workspace).isdigit() else self.workspace
+
+
+def _fsdp_checkpoints(config: Any) -> bool:
+    """Whether FSDP is to recompute activations itself: by ``fsdp_config`` or by the launcher's environment."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
+        except (OSError, json.JSONDecodeError):
+            config = None  # the base class reads it next, and says what is wrong
+    values = [os.environ.get("FSDP_ACTIVATION_CHECKPOINTING")] if "ACCELERATE_USE_FSDP" in os.environ else []
+    if isinstance(config, dict):
+        values += [config.get(prefix + "activation_checkpointing") for prefix in ("", "fsdp_")]
+    return any(str(value).lower() in ("true", "1") for value in values)

@@ -20,6 +20,7 @@ EXACT = [
         "FSDP1, every Linear a unit": ("full",),
         "FSDP1, kept until backward": ("LoRA head",),
         "FSDP2": ("full", "tied full", "LoRA", "LoRA head", "tied LoRA head", "LoRA, saved head"),
+        "FSDP2, recomputing": ("full",),
         "FSDP2, head in the root": ("full", "LoRA head"),
         "FSDP2, head a unit": ("full", "LoRA head", "LoRA, saved head"),
         "FSDP2, every leaf a unit": ("LoRA head",),

@@ -251,8 +251,7 @@ def test_the_package_does_not_import_the_trainer():
 def test_checkpointing_is_left_to_fsdp_where_it_is_asked_to(make_args, fsdp_config, expected, tmp_path):
     path = tmp_path / "fsdp.json"
     path.write_text(json.dumps(fsdp_config))
-    for config in (fsdp_config, json.dumps(fsdp_config), str(path)):
-        # As on a command line, where nothing is chosen.
-        args = make_args(gradient_checkpointing=None, fsdp_config=config)
-        assert args.gradient_checkpointing is expected
-    assert make_args(gradient_checkpointing=True, fsdp_config=dict(fsdp_config)).gradient_checkpointing is True
+    for config in (dict(fsdp_config), json.dumps(fsdp_config), str(path)):
+        assert make_args(gradient_checkpointing=None, fsdp_config=config).gradient_checkpointing is expected
+    args = make_args(gradient_checkpointing=True, fsdp_config=dict(fsdp_config))
+    assert args.gradient_checkpointing is True
