@@ -118,11 +118,17 @@ def _model_forward(
     routed = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
     if routed:
         kwargs["output_router_logits"] = True
-    outputs = base.base_model(*args, **{**kwargs, "use_cache": False, "return_dict": True})
+    outputs = _decoder(base)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     result = base.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
     if routed:
         result = {**result, "aux_loss": _router_loss(base, outputs, kwargs.get("attention_mask"))}
     return result
+
+
+def _decoder(base: Any) -> Any:
+    """The model under the head, with whatever encodes its other inputs."""
+    # Releases before 5 give Gemma3ForCausalLM the prefix of its multimodal sibling, and so itself as base model.
+    return base.base_model if base.base_model is not base else base.get_decoder()
 
 
 def _matrix_forward(
