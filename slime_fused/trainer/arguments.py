@@ -65,6 +65,10 @@ class ScriptArguments:
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Layers trained and saved whole, such as lm_head."}
     )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "With --use_peft: also save the model with the adapter merged in, in OUTPUT_DIR/merged."},
+    )
 
 
 _KINDS: tuple[Any, ...] = (ScriptArguments, SlimeConfig)
@@ -109,6 +113,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments,
         raise UsageError(f"values that belong to no setting: {spare}; a setting that takes one value got several")
     if not 0.0 <= script.eval_share < 1.0:
         raise UsageError(f"eval_share: expected a share in [0, 1), got {script.eval_share}")
+    if script.merge_adapter and not script.use_peft:
+        raise UsageError("merge_adapter: expected --use_peft with it; without an adapter there is nothing to merge")
     return script, config
 
 

@@ -16,12 +16,14 @@ from slime_fused.trainer.callbacks import MetricsFile
 from slime_fused.trainer.check import HeadMismatchError
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.loading import load_model, load_tokenizer
+from slime_fused.trainer.merging import adapts_embeddings, merge_adapter
 from slime_fused.trainer.plotting import plot_history
 from slime_fused.trainer.reading import read_pairs
 from slime_fused.trainer.trainer import SlimeTrainer
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
+MERGED_FOLDER = "merged"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error)
     trainer.save_model()
     trainer.save_state()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         plot = plot_history(
             trainer.state.log_history,
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             margin_hard=config.margin_hard,
             margin_soft=config.margin_soft,
         )
+        if script.merge_adapter:
+            _save_merged(script, config, trainer)
         _summarise(trainer, plot)
     return 0
 
@@ -88,6 +93,16 @@ def _adapter(script: ScriptArguments) -> Any:
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         modules_to_save=script.lora_modules_to_save,
     )
+
+
+def _save_merged(script: ScriptArguments, config: SlimeConfig, trainer: SlimeTrainer) -> None:
+    """The model of before training is loaded again: the one that was trained may be sharded over processes."""
+    untie = adapts_embeddings(trainer.accelerator.unwrap_model(trainer.model))
+    base = load_model(script.model, dtype=script.dtype, **config.model_options())
+    folder = Path(str(config.output_dir))
+    merge_adapter(base, folder, untie).save_pretrained(folder / MERGED_FOLDER)
+    tokenizer: Any = trainer.processing_class
+    tokenizer.save_pretrained(folder / MERGED_FOLDER)
 
 
 def _complain(error: Exception) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from slime_fused.trainer.card import model_card
 from slime_fused.trainer.check import check_head
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
@@ -244,6 +246,41 @@ class SlimeTrainer(Trainer):
             metrics = self._train_metrics.flush(self._sum_over_processes)
             logs = {**metrics, **logs}
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into the output folder: the loss and its paper, the settings, and the last reports.
+
+        ``model_name`` is the output folder's name by default and ``finetuned_from`` the model that was loaded. The
+        base class's other arguments, which describe data sets of the hub, are taken and not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        base: Any = self.accelerator.unwrap_model(self.model)
+        extra = [tags] if isinstance(tags, str) else list(tags or [])
+        folder = Path(str(self.args.output_dir))
+        model_card(
+            self.args,
+            self.state.log_history,
+            name=model_name or folder.resolve().name,
+            base_model=finetuned_from or unwrap_peft(base).config._name_or_path or None,
+            num_processes=self.accelerator.num_processes,
+            num_steps=self.state.global_step,
+            is_adapter=hasattr(base, "peft_config"),
+            tags=[*self._tag_names, *extra],
+            language=language,
+            license=license,
+        ).save(folder / "README.md")
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from conftest import make_pairs, tiny_llama
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slime_fused.trainer.arguments import parse_arguments
@@ -84,9 +86,51 @@ def test_an_adapter_with_its_own_head_and_a_resumed_run(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ["--lora_target_modules", "q_proj"],
+        ["--lora_target_modules", "q_proj", "lm_head"],
+        ["--lora_modules_to_save", "lm_head"],
+    ],
+    ids=["LoRA", "LoRA head", "saved head"],
+)
+def test_a_merged_model_gives_the_logits_of_model_and_adapter(folder, tmp_path, tokenizer, adapter, tied):
+    start = tmp_path / "start"
+    tiny_llama(len(tokenizer), tie_word_embeddings=tied).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    base = ["--model", str(start), "--dataset", str(folder / "pairs.jsonl"), *QUICK, "--learning_rate", "3e-2"]
+    assert main([*base, "--use_peft", *adapter, "--merge_adapter", "--output_dir", str(tmp_path / "out")]) == 0
+    prompt = tokenizer("the cat sat", return_tensors="pt")["input_ids"]
+    untrained = AutoModelForCausalLM.from_pretrained(start)
+    with torch.no_grad():
+        plain = untrained(prompt).logits
+        expected = PeftModel.from_pretrained(untrained, tmp_path / "out")(prompt).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")(prompt).logits
+    assert float((expected - plain).abs().max()) > 0.1
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "merged").eos_token == "<eos>"
+
+
+@pytest.mark.parametrize("adapter", [[], ["--use_peft"]])
+def test_the_model_card_names_loss_paper_and_settings(folder, tmp_path, adapter):
+    base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *QUICK, *adapter]
+    assert main([*base, "--lambda_l", "0.0375", "--learning_rate", "2e-3", "--output_dir", str(tmp_path)]) == 0
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == ("peft" if adapter else "transformers")
+    assert {"slime", "preference-training"} <= set(card.data.tags)
+    assert card.data.base_model is None  # a folder of this machine
+    for text in ("SLIME loss", "2602.02383", "| lambda_l | 0.0375 |", "| learning_rate | 0.002 |", "`model`"):
+        assert text in card.text, text
+    last = metrics(tmp_path)[-2]
+    assert f"| rewards/margins | {last['rewards/margins']:.4f} |" in card.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "m", "--dataset", "d", "--merge_adapter"], "there is nothing to merge"),
         (["--model", "m"], "the following arguments are required: --dataset"),
         (["--modell", "m"], "unknown setting --modell; did you mean --model?"),
         (
