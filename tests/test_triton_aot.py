@@ -54,8 +54,9 @@ POINTERS = {
     "cu_seqlens": "*i32",
     **dict.fromkeys(
         (
-            "lse_out", "logp_out", "loss_out", "row_max_out", "row_sum_out", "label_logit_out", "logit_sum_out",
-            "lse_in", "logp_in", "row_scale", "partial_max", "partial_sum", "partial_logit_sum", "label_logit",
+            "row_max_in", "row_sum_in", "logp_in", "row_max_out", "row_sum_out", "logp_out", "loss_out",
+            "label_logit_out", "logit_sum_out", "row_scale", "partial_max", "partial_sum", "partial_logit_sum",
+            "label_logit",
             "row_max", "row_sum", "logit_sum", "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out",
             "stabilizer_out", "d_logp", "d_out", "d_values", "factor",
         ),
