@@ -28,15 +28,7 @@ import triton
 import triton.language as tl
 
 from .configs import CHECKED_LAUNCH, ROW_CONFIG, STREAM_CONFIG, RowConfig
-from .numerics import (
-    NEG_INF,
-    exp,
-    finite_shift,
-    head_logit,
-    head_logit_and_slope,
-    merge_softmax,
-    token_residual,
-)
+from .numerics import NEG_INF, exp, finite_shift, head_logit, head_logit_and_slope, merge_softmax, token_residual
 
 
 @triton.jit

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_processes
+
+from tests.processes import run_processes
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
 
 def launch(folder: Path, reduction: str, batch_size: int, accumulation: int, processes: int):
     folder.mkdir()
-    run_processes(WORKER, [str(folder), reduction, str(batch_size), str(accumulation)], processes, folder)
+    run_processes([str(WORKER), str(folder), reduction, str(batch_size), str(accumulation)], processes, folder)
     return torch.load(folder / "gradients.pt"), json.loads((folder / "reports.json").read_text())
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_processes
+
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ ROUNDED = [(layout, kind) for layout in ("FSDP1", "FSDP2") for kind in ("full", 
 
 def train(folder: Path, processes: int, cases: list[tuple[str, ...]]) -> dict:
     folder.mkdir()
-    run_processes(WORKER, [str(folder), json.dumps(cases)], processes, folder)
+    run_processes([str(WORKER), str(folder), json.dumps(cases)], processes, folder)
     results = torch.load(folder / "results.pt")
     assert len(results) == len(cases)
     return dict(zip(cases, results, strict=True))

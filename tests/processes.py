@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+REPOSITORY = Path(__file__).parent.parent
 
-def run_processes(script: Path, arguments: list[str], count: int, logs: Path) -> None:
-    """Run ``script`` in ``count`` processes that find each other; each must end with status 0."""
+
+def run_processes(arguments: list[str], count: int, logs: Path, *, timeout: float = 200) -> None:
+    """Run Python with ``arguments`` in ``count`` processes that find each other; each must end with status 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -19,11 +21,12 @@ def run_processes(script: Path, arguments: list[str], count: int, logs: Path) ->
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
         log = (logs / f"rank{rank}.log").open("w+")
-        command = [sys.executable, str(script), *arguments]
-        running.append((subprocess.Popen(command, env=environment | place, stderr=log, stdout=log), log))
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, env=environment | place, cwd=REPOSITORY, stderr=log, stdout=log)
+        running.append((process, log))
     try:
         for process, log in running:
-            status = process.wait(timeout=200)
+            status = process.wait(timeout=timeout)
             log.seek(0)
             assert status == 0, log.read()[-3000:]
     finally:
