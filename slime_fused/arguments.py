@@ -29,9 +29,11 @@ def prepare_arguments(
     cp_group: object = None,
     dp_group: object = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
-    """Cast under autocast, then check everything that shows without reading values."""
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    checks.check_linear(hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None)
+    """Check everything that shows without reading values."""
+    compute_dtype = _autocast_dtype(hidden, weight, bias)
+    checks.check_linear(
+        hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None, is_cast=compute_dtype is not None
+    )
     checks.check_transform(logit_scale, logit_softcap)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
     options = HeadOptions(
@@ -44,6 +46,7 @@ def prepare_arguments(
         group_name("tp_group", tp_group),
         group_name("cp_group", cp_group),
         group_name("dp_group", dp_group),
+        compute_dtype,
     )
     if options.cp_group is not None and options.shift:
         raise ValueError(
@@ -53,17 +56,15 @@ def prepare_arguments(
     return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast, its dtype (float64 is left alone, as autocast does); the casts are differentiable."""
+def _autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """Under autocast, its dtype, where it casts all three (float64 is left alone, as autocast does); else None."""
     if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
+        return None
+    tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors):
+        return None
     dtype = torch.get_autocast_dtype(hidden.device.type)
-
-    def cast(x: Tensor) -> Tensor:
-        is_cast = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if is_cast else x
-
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+    return None if all(x.dtype == dtype for x in tensors) else dtype
 
 
 def label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:

@@ -12,8 +12,10 @@ from slime_fused.backends.base import HeadTransform, LinearStatsBackend, TokenLo
 from slime_fused.checks import check_pairs
 from slime_fused.distributed import ContextShard, VocabShard, find_group
 from slime_fused.engine import Head
+from slime_fused.gradients import GradientDtypes
 from slime_fused.layout import TokenLayout, require_responses, resolve_layout
-from slime_fused.plan import Operation, Plan, Problem, make_plan, resolve_workspace
+from slime_fused.plan import Plan, make_plan, resolve_workspace
+from slime_fused.problem import Operation, Problem
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class HeadOptions:
     """Groups go by name, so that an operator's schema can hold them."""
     cp_group: str | None = None
     dp_group: str | None = None
+    compute_dtype: torch.dtype | None = None
+    """What autocast has the products run in: the head's tensors are cast to it. None: their own dtype."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,10 @@ def prepare_call(
     Shapes and dtypes have been checked; what depends on the values of ``labels`` and ``cu_seqlens`` is checked
     here (ValueError).
     """
+    grad_dtypes = GradientDtypes.of(hidden, weight, bias)
+    if options.compute_dtype is not None:
+        hidden, weight = hidden.to(options.compute_dtype), weight.to(options.compute_dtype)
+        bias = None if bias is None else bias.to(options.compute_dtype)
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     tp_group, cp_group = find_group(options.tp_group), find_group(options.cp_group)
     shard = None if tp_group is None else VocabShard.of(hidden, weight, labels, wants.flags, tp_group)
@@ -118,6 +126,7 @@ def prepare_call(
         transform=HeadTransform(options.logit_scale, options.logit_softcap),
         token_loss=token_loss,
         backend=backend,
+        grad_dtypes=grad_dtypes,
         shard=shard,
     )
     problem = make_problem(operation, head, layout, wants, context, keeps_residual=keeps_residual)
@@ -144,6 +153,8 @@ def make_problem(
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0] if head.shard is None else head.shard.largest,
         itemsize=weight.element_size(),
+        keeps_float32_weight_grad=weight.dtype == torch.float16,
+        weight_grad_itemsize=head.grad_dtypes.weight.itemsize,
         want_hidden=wants.hidden,
         want_weight=wants.weight,
         want_bias=wants.bias,

@@ -21,10 +21,12 @@ def check_linear(
     cu_seqlens: Tensor | None,
     *,
     is_shard: bool = False,
+    is_cast: bool = False,
 ) -> None:
     """Refuse tensors that do not make a linear head over labelled tokens. Raises TypeError or ValueError.
 
     Where ``weight`` is a shard (``is_shard``), whether it has a row is left to those who know the other shards.
+    ``is_cast``: all are cast to one dtype before use.
     """
     _require_tensor("hidden", hidden)
     _require_tensor("weight", weight)
@@ -42,14 +44,16 @@ def check_linear(
         )
     if weight.shape[1] == 0 or (weight.shape[0] == 0 and not is_shard):
         raise ValueError(f"weight: expected at least one row and one column, got shape {_shape(weight)}")
-    _require_dtype("weight", weight, hidden)
+    if not is_cast:
+        _require_dtype("weight", weight, hidden)
     _require_device("weight", weight, hidden)
     check_labels(labels, hidden.shape[:-1], hidden.device)
     if bias is not None:
         _require_tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected ({weight.shape[0]},) (the rows of weight), got shape {_shape(bias)}")
-        _require_dtype("bias", bias, hidden)
+        if not is_cast:
+            _require_dtype("bias", bias, hidden)
         _require_device("bias", bias, hidden)
     if cu_seqlens is not None:
         if hidden.dim() != 2:

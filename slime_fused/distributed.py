@@ -155,14 +155,14 @@ class ContextShard:
         pieces, bounds = [], [0]
         for s in range(len(sequences)):
             for rank, of_rank in enumerate(counts):
-                pieces.append(torch.arange(begins[rank], begins[rank] + of_rank[s]))
+                pieces.append(torch.arange(begins[rank], begins[rank] + of_rank[s], device="cpu"))
                 begins[rank] += of_rank[s]
             bounds.append(bounds[-1] + sum(of_rank[s] for of_rank in counts))
         order = torch.cat(pieces)
         own = (order // stride == dist.get_rank(self.group)).nonzero().flatten()
         device = logp.device
         whole = torch.cat(gathered).index_select(0, order.to(device))
-        return whole, torch.tensor(bounds, dtype=torch.int32).to(device), own.to(device)
+        return whole, torch.tensor(bounds, dtype=torch.int32, device=device), own.to(device)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from torch import Tensor
 from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 from slime_fused.distributed import VocabShard
+from slime_fused.gradients import GradientDtypes, Gradients, float16_scale
 from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan, padded_cols
+from slime_fused.plan import Plan
+from slime_fused.problem import padded_cols
 from slime_fused.stats import TokenStats, VocabStats
 
 
@@ -38,8 +40,15 @@ class Head:
     transform: HeadTransform
     token_loss: TokenLoss
     backend: Backend
+    grad_dtypes: GradientDtypes
+    """Of the tensors that ``hidden``, ``weight`` and ``bias`` are, or were cast from under autocast."""
     shard: VocabShard | None = None
     """Which columns of the logits these are, where several processes share the head."""
+
+    @property
+    def waiting_dtypes(self) -> GradientDtypes:
+        """In which the gradients are formed."""
+        return self.grad_dtypes.waiting(self.weight.dtype)
 
     @property
     def col_offset(self) -> int:
@@ -50,15 +59,6 @@ class Head:
     def vocab_size(self) -> int:
         """Of the whole head."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 class RowSet:
@@ -113,7 +113,10 @@ def write_stats(rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
 class ChunkEngine:
     """Forms logits and residuals chunk by chunk in one reused buffer, and gathers the gradients."""
 
-    def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
+    def __init__(
+        self, head: Head, layout: TokenLayout, plan: Plan, *, hidden_grad_dtype: torch.dtype | None = None
+    ) -> None:
+        """``hidden_grad_dtype``: of ``d_hidden``, where it is no finished gradient."""
         self.head = head
         self.layout = layout
         self.plan = plan
@@ -123,11 +126,11 @@ class ChunkEngine:
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
         self.d_bias: Tensor | None = None
+        self._weight_scale: Tensor | None = None
         if p.want_hidden:
             # Rows that no chunk visits keep their zeros.
-            self.d_hidden = (
-                hidden.new_empty(hidden.shape) if layout.rows is None else hidden.new_zeros(hidden.shape)
-            )
+            new = hidden.new_empty if layout.rows is None else hidden.new_zeros
+            self.d_hidden = new(hidden.shape, dtype=hidden_grad_dtype or head.waiting_dtypes.hidden)
 
     def logits(self, rows: RowSet) -> Tensor:
         """(M, V) raw logits of a chunk; they live until the next call."""
@@ -224,30 +227,44 @@ class ChunkEngine:
         if p.want_weight:
             # Gathered again rather than kept beside R W: one (rows x hidden) array at a time.
             scaled = rows.copy(self.head.hidden)
-            products.scale_rows_(scaled, coefficient)
+            products.scale_rows_(scaled, self._lifted(scaled, coefficient))
             is_first = self.d_weight is None
             if self.d_weight is None:
-                accumulator = torch.float32 if self.plan.accumulator_bytes else weight.dtype
-                self.d_weight = weight.new_empty(weight.shape, dtype=accumulator)
+                summed_in = torch.float32 if self.plan.sums_weight_grad_in_float32 else weight.dtype
+                self.d_weight = weight.new_empty(weight.shape, dtype=summed_in)
             products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
         if p.want_bias:
             if self.d_bias is None:
                 self.d_bias = weight.new_zeros(weight.shape[0], dtype=acc_dtype(weight.dtype))
             products.add_bias_grad(self.d_bias, residual, coefficient)
 
+    def _lifted(self, hidden: Tensor, coefficient: Tensor) -> Tensor:
+        """The (M,) coefficients as dW's product takes them: in float16, times a scale that keeps it in range."""
+        if hidden.dtype != torch.float16:
+            return coefficient
+        scale = float16_scale(hidden, coefficient)
+        if self._weight_scale is not None:
+            # What is summed already follows where this chunk needs a smaller one; a factor of 1 costs nothing.
+            scale = torch.minimum(scale, self._weight_scale)
+            assert self.d_weight is not None
+            self.head.backend.scale_(self.d_weight, scale / self._weight_scale)
+        self._weight_scale = scale
+        return coefficient * scale
+
     def gradients(self) -> Gradients:
-        """The gradients, each in the dtype of its input; the engine starts afresh for another sum."""
-        p, weight = self.plan.problem, self.head.weight
-        d_weight, d_bias = self.d_weight, self.d_bias
-        self.d_weight = self.d_bias = None
+        """The gradients, each in its waiting dtype; the engine starts afresh for another sum."""
+        p, weight, dtypes = self.plan.problem, self.head.weight, self.head.waiting_dtypes
+        d_weight, d_bias, scale = self.d_weight, self.d_bias, self._weight_scale
+        self.d_weight = self.d_bias = self._weight_scale = None
         if p.want_weight and d_weight is None:
-            d_weight = weight.new_zeros(weight.shape)
+            d_weight = weight.new_zeros(weight.shape, dtype=dtypes.weight)
         if p.want_bias and d_bias is None:
-            d_bias = weight.new_zeros(weight.shape[0])
+            d_bias = weight.new_zeros(weight.shape[0], dtype=dtypes.bias)
         return Gradients(
             self.d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(weight.dtype),
+            None if d_weight is None else d_weight.to(dtypes.weight),
+            None if d_bias is None else d_bias.to(dtypes.bias),
+            scale,
         )
 
 

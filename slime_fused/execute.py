@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from slime_fused.backends.base import Backend, SlimeWeights
 from slime_fused.distributed import BatchShare, ContextShard
-from slime_fused.engine import ChunkEngine, Gradients, Head, RowSet, join
+from slime_fused.engine import ChunkEngine, Head, RowSet, join
+from slime_fused.gradients import Gradients
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.stats import TokenStats
@@ -34,12 +34,11 @@ def slime_forward(
     layout: TokenLayout,
     plan: Plan,
     weights: SlimeWeights,
-    grad_scale: float,
     context: ContextShard | None = None,
 ) -> tuple[SlimePairs, Gradients]:
-    """The SLIME loss by pair and, where wanted, ``grad_scale`` times the gradients of its sum."""
+    """The SLIME loss by pair and, where wanted, the gradients of its sum."""
     run = _slime_stream if plan.kind == "stream" else _slime_sweep
-    return run(head, layout, plan, weights, grad_scale, context)
+    return run(head, layout, plan, weights, context)
 
 
 def _slime_stream(
@@ -47,7 +46,6 @@ def _slime_stream(
     layout: TokenLayout,
     plan: Plan,
     weights: SlimeWeights,
-    grad_scale: float,
     context: ContextShard | None,
 ) -> tuple[SlimePairs, Gradients]:
     """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
@@ -72,7 +70,7 @@ def _slime_stream(
         first += size
         parts.append(pairs)
         if d_logp is not None:
-            coefficient = d_logp.mul_(-grad_scale)
+            coefficient = d_logp.neg_()
             engine.add_hidden_grad(rows, residual, coefficient)
             engine.add_head_grad(rows, residual, coefficient)
     engine.release_buffer()
@@ -84,18 +82,17 @@ def _slime_sweep(
     layout: TokenLayout,
     plan: Plan,
     weights: SlimeWeights,
-    grad_scale: float,
     context: ContextShard | None,
 ) -> tuple[SlimePairs, Gradients]:
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
     sweep = plan_sweep(head, layout, plan)
     sweep.forward()
-    bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32).to(layout.targets.device)
+    bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32, device=layout.targets.device)
     wants, sequences = plan.problem.wants_gradient, range(len(layout.lengths))
     pairs, d_logp = _whole_terms(head.backend, sweep.stats.logp, bounds, weights, wants, context, sequences)
     if d_logp is None:
         return pairs, Gradients(None, None, None)
-    return pairs, sweep.backward(d_logp.mul_(-grad_scale))
+    return pairs, sweep.backward(d_logp.neg_())
 
 
 def cross_entropy_forward(
@@ -131,16 +128,6 @@ def slime_weights(lambdas: Sequence[float], reduction: str, share: BatchShare) -
     """Hyperparameters (in the order of `SlimeLossConfig`) with the normalisers of this batch."""
     token_weight = 1 / share.rejected_tokens if reduction == "token" else 0.0
     return SlimeWeights(*(*lambdas, 1 / share.pairs, token_weight))
-
-
-def gradient_scale(dtype: torch.dtype, divisor: int) -> float:
-    """A power of two that keeps half-precision gradients of a mean out of the subnormals; 1 for other dtypes.
-
-    The gradients are formed in the forward pass, before a loss scaler's factor can reach them; backward divides
-    by this again. ``divisor`` is the least that the loss of any token is divided by, so that no coefficient is
-    lifted above that of a sum: a larger scale would make short responses beside long ones overflow.
-    """
-    return 2.0 ** math.floor(math.log2(max(divisor, 1))) if dtype == torch.float16 else 1.0
 
 
 def slime_terms(
@@ -189,7 +176,7 @@ def _chunk_bounds(layout: TokenLayout, plan: Plan) -> Tensor:
         chosen = layout.lengths[chunk.begin : chunk.end]
         rejected = layout.lengths[num_pairs + chunk.begin : num_pairs + chunk.end]
         bounds += cumulative([*chosen, *rejected])
-    tensor = torch.tensor(bounds, dtype=torch.int32)
+    tensor = torch.tensor(bounds, dtype=torch.int32, device="cpu")
     return tensor.pin_memory() if layout.targets.is_cuda else tensor
 
 

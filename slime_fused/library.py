@@ -15,48 +15,59 @@ from torch import Tensor
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import TokenLoss, acc_dtype
 from slime_fused.calls import HeadOptions, Wants, prepare_call
-from slime_fused.engine import Gradients
+from slime_fused.gradients import GradientDtypes, Gradients
 from slime_fused.op import SlimeParameters, TokenPass, refuse_second_derivative, run_cross_entropy, run_slime
+from slime_fused.sweeps import unscaled_dtype
 
 # Schemas share these fragments; `flat_options` produces the last one's values.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
 _TOKEN_LOSS = "float label_smoothing, float z_loss"
 _OPTIONS = (
     "bool shift, int ignore_index, float logit_scale, float? logit_softcap, str backend, str workspace, "
-    "str? tp_group, str? cp_group, str? dp_group, bool want_hidden, bool want_weight, bool want_bias"
+    "str? tp_group, str? cp_group, str? dp_group, ScalarType? compute_dtype, "
+    "bool want_hidden, bool want_weight, bool want_bias"
 )
 
 
 def flat_options(options: HeadOptions, wants: Wants) -> tuple[Any, ...]:
-    """The values of the schemas' last twelve arguments."""
+    """The values of the schemas' last thirteen arguments."""
     o = options
     workspace = str(o.workspace)
     fields = (o.shift, o.ignore_index, o.logit_scale, o.logit_softcap, o.backend, workspace)
-    return *fields, o.tp_group, o.cp_group, o.dp_group, wants.hidden, wants.weight, wants.bias
+    return *fields, o.tp_group, o.cp_group, o.dp_group, o.compute_dtype, *wants.flags
 
 
 def _options(flat: tuple[Any, ...]) -> tuple[HeadOptions, Wants]:
-    return HeadOptions(*flat[:9]), Wants(*flat[9:])
+    return HeadOptions(*flat[:10]), Wants(*flat[10:])
 
 
-def _dense(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    d_hidden = hidden.new_empty(0) if gradients.hidden is None else gradients.hidden.view(hidden.shape)
-    d_weight = weight.new_empty(0) if gradients.weight is None else gradients.weight
-    d_bias = weight.new_empty(0) if gradients.bias is None else gradients.bias
-    return d_hidden, d_weight, d_bias
+def _waiting(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype | None) -> GradientDtypes:
+    return GradientDtypes.of(hidden, weight, weight if bias is None else bias).waiting(compute or weight.dtype)
 
 
-def _fake_gradients(hidden: Tensor, weight: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    want_hidden, want_weight, want_bias = wants
-    return (
-        hidden.new_empty(hidden.shape if want_hidden else (0,)),
-        weight.new_empty(weight.shape if want_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if want_bias else (0,)),
-    )
+def _dense(gradients: Gradients, hidden: Tensor, dtypes: GradientDtypes) -> tuple[Tensor, ...]:
+    d_hidden = None if gradients.hidden is None else gradients.hidden.view(hidden.shape)
+    pairs = zip((d_hidden, gradients.weight, gradients.bias), dtypes, strict=True)
+    return tuple(hidden.new_empty(0, dtype=dtype) if g is None else g for g, dtype in pairs)
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, dtypes: GradientDtypes, wants: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    shapes = zip((hidden.shape, weight.shape, weight.shape[:1]), dtypes, wants, strict=True)
+    return tuple(hidden.new_empty(shape if want else (0,), dtype=dtype) for shape, dtype, want in shapes)
+
+
+def _scale_of(gradients: Gradients, loss: Tensor) -> Tensor:
+    """What d_weight is multiplied with; never ``loss`` itself, as outputs may not share memory."""
+    scale = gradients.weight_scale
+    return torch.ones_like(loss) if scale is None else scale.to(loss.dtype)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients_and_scale: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*gradients_and_scale)
+    hidden, weight, bias = inputs[:3]
+    ctx.dtypes = GradientDtypes.of(hidden, weight, bias)
     ctx.wanted = inputs[-3:]
     ctx.num_rest = len(inputs) - 3
 
@@ -64,21 +75,25 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients_and_scale: tupl
 def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     """Backward of the operators whose gradients were formed in forward."""
     refuse_second_derivative()
-    *gradients, scale = ctx.saved_tensors
-    factor = upstream / scale
-    pairs = zip(gradients, ctx.wanted, strict=True)
-    return *[(g * factor).to(g.dtype) if wanted else None for g, wanted in pairs], *[None] * ctx.num_rest
+    d_hidden, d_weight, d_bias, scale = ctx.saved_tensors
+    scaled = (d_hidden, upstream), (d_weight, upstream / scale), (d_bias, upstream)
+    gradients = [
+        (grad * factor).to(dtype) if wanted else None
+        for (grad, factor), dtype, wanted in zip(scaled, ctx.dtypes, ctx.wanted, strict=True)
+    ]
+    return *gradients, *[None] * ctx.num_rest
 
 
-# --- slime_loss: the outputs of SlimeLossFunction, the scaled gradients, their scale ---
+# --- slime_loss: the outputs of SlimeLossFunction, the gradients as they wait, the scale of d_weight ---
 
 
 def _slime_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
     cu_seqlens, numbers, reduction, *flat = rest
     parameters = SlimeParameters(tuple(numbers), reduction)
     options, wants = _options(tuple(flat))
-    outputs, gradients, _, scale = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
-    return *outputs, *_dense(gradients, hidden, weight), torch.full_like(outputs[0], scale)
+    outputs, gradients, _ = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
+    dtypes = _waiting(hidden, weight, bias, options.compute_dtype)
+    return *outputs, *_dense(gradients, hidden, dtypes), _scale_of(gradients, outputs[0])
 
 
 def _slime_loss_fake(
@@ -89,7 +104,8 @@ def _slime_loss_fake(
     dtype = acc_dtype(hidden.dtype)
     scalars = [hidden.new_empty((), dtype=dtype) for _ in range(5)]
     pairs = [hidden.new_empty(sequences // 2, dtype=dtype) for _ in range(2)]
-    return *scalars[:4], *pairs, *_fake_gradients(hidden, weight, rest[-3:]), scalars[4]
+    gradients = _fake_gradients(hidden, weight, _waiting(hidden, weight, bias, rest[-4]), rest[-3:])
+    return *scalars[:4], *pairs, *gradients, scalars[4]
 
 
 def _slime_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -107,7 +123,7 @@ slime_loss_op.register_fake(_slime_loss_fake)
 slime_loss_op.register_autograd(_scaled_gradients, setup_context=_slime_loss_setup)
 
 
-# --- linear_cross_entropy: the mean or summed loss, its scaled gradients, their scale ---
+# --- linear_cross_entropy: the mean or summed loss, its gradients as they wait, the scale of d_weight ---
 
 
 def _cross_entropy(
@@ -115,15 +131,17 @@ def _cross_entropy(
 ) -> tuple[Tensor, ...]:
     cu_seqlens, mean, label_smoothing, z_loss, *flat = rest
     token_loss = TokenLoss(label_smoothing, z_loss)
-    loss, gradients, _, scale = run_cross_entropy(
-        hidden, weight, bias, labels, cu_seqlens, mean, token_loss, *_options(tuple(flat))
+    options, wants = _options(tuple(flat))
+    loss, gradients, _ = run_cross_entropy(
+        hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants
     )
-    return loss, *_dense(gradients, hidden, weight), torch.full_like(loss, scale)
+    dtypes = _waiting(hidden, weight, bias, options.compute_dtype)
+    return loss, *_dense(gradients, hidden, dtypes), _scale_of(gradients, loss)
 
 
-def _cross_entropy_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _cross_entropy_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     loss, scale = (hidden.new_empty((), dtype=acc_dtype(hidden.dtype)) for _ in range(2))
-    return loss, *_fake_gradients(hidden, weight, rest[-3:]), scale
+    return loss, *_fake_gradients(hidden, weight, _waiting(hidden, weight, bias, rest[-4]), rest[-3:]), scale
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -167,7 +185,8 @@ def _token_loss(
         d_hidden = unscaled.view(hidden.shape)
     else:
         # The graph was traced before the plan was known: where "fused" forms no R W, zeros stand for it.
-        d_hidden = hidden.new_zeros(hidden.shape if rest[-3] else 0)
+        dtype = unscaled_dtype(rest[-4] or hidden.dtype)
+        d_hidden = hidden.new_zeros(hidden.shape if rest[-3] else 0, dtype=dtype)
     return loss.view(labels.shape), stats, d_hidden
 
 
@@ -176,7 +195,7 @@ def _token_loss_fake(
 ) -> tuple[Tensor, ...]:
     dtype = acc_dtype(hidden.dtype)
     stats = hidden.new_empty(4, labels.numel(), dtype=dtype)
-    unscaled = hidden.new_empty(hidden.shape if rest[-3] else (0,))
+    unscaled = hidden.new_empty(hidden.shape if rest[-3] else (0,), dtype=unscaled_dtype(rest[-4] or hidden.dtype))
     return hidden.new_empty(labels.shape, dtype=dtype), stats, unscaled
 
 
@@ -195,13 +214,21 @@ def _token_loss_backward(
         want_hidden = rest[-3]
         run.resume(unscaled.view(-1, hidden.shape[-1]) if want_hidden else None, stats)
         # keeps=True: the unscaled gradient is an input here and must not change.
-        return _dense(run.backward(upstream.flatten(), keeps=True), hidden, weight)
+        gradients = run.backward(upstream.flatten(), keeps=True)
+        return _dense(gradients, hidden, GradientDtypes.of(hidden, weight, weight if bias is None else bias))
 
 
 def _token_loss_backward_fake(
-    upstream: Tensor, stats: Tensor, unscaled: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+    upstream: Tensor,
+    stats: Tensor,
+    unscaled: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, rest[-3:])
+    dtypes = GradientDtypes.of(hidden, weight, weight if bias is None else bias)
+    return _fake_gradients(hidden, weight, dtypes, rest[-3:])
 
 
 def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

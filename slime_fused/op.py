@@ -10,7 +10,7 @@ None is twice differentiable, and each says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, SlimeWeights, TokenLoss, acc_dtype
 from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
 from slime_fused.distributed import BatchShare, find_group
-from slime_fused.engine import Gradients
 from slime_fused.execute import SlimePairs
+from slime_fused.gradients import GradientDtypes, Gradients
 from slime_fused.stats import TokenStats
 from slime_fused.sweeps import plan_sweep
 
@@ -39,10 +39,10 @@ class SlimeParameters:
 class _GradientStore:
     """Gradients formed in forward, handed out by backward without a copy unless the graph is kept."""
 
-    def __init__(self, gradients: Gradients, backend: Backend, scale: float) -> None:
+    def __init__(self, gradients: Gradients, dtypes: GradientDtypes, backend: Backend) -> None:
         self._gradients: Gradients | None = gradients
+        self._dtypes = dtypes
         self._backend = backend
-        self._scale = scale
 
     def hand_out(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d_hidden, d_weight, d_bias) times the scalar ``upstream``."""
@@ -57,14 +57,8 @@ class _GradientStore:
         if not keeps:
             # The store lets go of the tensors, so that autograd can adopt them as .grad instead of copying.
             self._gradients = None
-        factor = upstream.to(_factor_dtype(stored, upstream)) / self._scale
-        result = []
-        for gradient in (stored.hidden, stored.weight, stored.bias):
-            if gradient is not None:
-                gradient = gradient.clone() if keeps else gradient
-                self._backend.scale_(gradient, factor)
-            result.append(gradient)
-        return result[0], result[1], result[2]
+        gradients = stored.times(upstream, self._dtypes, self._backend, keeps=keeps)
+        return gradients.hidden, gradients.weight, gradients.bias
 
 
 class SlimeLossFunction(torch.autograd.Function):
@@ -83,10 +77,10 @@ class SlimeLossFunction(torch.autograd.Function):
         wants: Wants,
     ) -> tuple[Tensor, ...]:
         """Run the plan; keep the gradients."""
-        outputs, gradients, backend, scale = run_slime(
+        outputs, gradients, backend = run_slime(
             hidden, weight, bias, labels, cu_seqlens, parameters, options, wants
         )
-        ctx.store = _GradientStore(_like(gradients, hidden), backend, scale)
+        ctx.store = _GradientStore(_like(gradients, hidden), GradientDtypes.of(hidden, weight, bias), backend)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -105,15 +99,14 @@ def run_slime(
     parameters: SlimeParameters,
     options: HeadOptions,
     wants: Wants,
-) -> tuple[tuple[Tensor, ...], Gradients, Backend, float]:
-    """(the six outputs of `SlimeLossFunction`, scaled gradients, backend, that scale)."""
+) -> tuple[tuple[Tensor, ...], Gradients, Backend]:
+    """(the six outputs of `SlimeLossFunction`, gradients in their waiting dtypes, backend)."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("slime", hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss())
         share = BatchShare.of(call.lengths, find_group(options.dp_group), hidden.device)
         weights = execute.slime_weights(parameters.numbers, parameters.reduction, share)
-        scale = execute.gradient_scale(hidden.dtype, len(call.lengths) // 2 * min(call.lengths))
-        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, scale, call.context)
-        return loss_outputs(pairs), gradients, call.head.backend, scale
+        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, call.context)
+        return loss_outputs(pairs), gradients, call.head.backend
 
 
 def loss_outputs(pairs: SlimePairs) -> tuple[Tensor, ...]:
@@ -146,10 +139,10 @@ class CrossEntropyFunction(torch.autograd.Function):
         wants: Wants,
     ) -> Tensor:
         """Run the plan; keep the gradients."""
-        loss, gradients, backend, scale = run_cross_entropy(
+        loss, gradients, backend = run_cross_entropy(
             hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants
         )
-        ctx.store = _GradientStore(_like(gradients, hidden), backend, scale)
+        ctx.store = _GradientStore(_like(gradients, hidden), GradientDtypes.of(hidden, weight, bias), backend)
         return loss
 
     @staticmethod
@@ -168,17 +161,16 @@ def run_cross_entropy(
     token_loss: TokenLoss,
     options: HeadOptions,
     wants: Wants,
-) -> tuple[Tensor, Gradients, Backend, float]:
-    """(loss, scaled gradients, backend, that scale)."""
+) -> tuple[Tensor, Gradients, Backend]:
+    """(loss, gradients in their waiting dtypes, backend)."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("cross_entropy", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss)
         rows = call.layout.num_rows
         if rows == 0:
             raise ValueError("labels: expected at least one label that is not ignore_index, got none")
         share = 1 / rows if mean else 1.0
-        scale = execute.gradient_scale(hidden.dtype, rows) if mean else 1.0
-        total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share * scale)
-        return total * share, gradients, call.head.backend, scale
+        total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share)
+        return total * share, gradients, call.head.backend
 
 
 class TokenLossFunction(torch.autograd.Function):
@@ -219,7 +211,7 @@ class TokenPass:
 
     def __init__(self, call: Call) -> None:
         self._layout = call.layout
-        self._dtype = acc_dtype(call.head.hidden.dtype)
+        self._head = call.head
         self.sweep = plan_sweep(call.head, call.layout, call.plan)
 
     def forward(self) -> Tensor:
@@ -245,7 +237,10 @@ class TokenPass:
 
     def backward(self, upstream: Tensor, *, keeps: bool) -> Gradients:
         """Gradients for the coefficients ``upstream`` (N_all,); ``keeps`` leaves this pass fit for another one."""
-        return self.sweep.backward(self._labelled(upstream.to(self._dtype)), keeps=keeps)
+        coefficient = self._labelled(upstream.to(acc_dtype(self._head.hidden.dtype)))
+        gradients = self.sweep.backward(coefficient, keeps=keeps)
+        # What a kept graph needs again is no part of these.
+        return gradients.times(None, self._head.grad_dtypes, self._head.backend, keeps=False)
 
     def _labelled(self, values: Tensor) -> Tensor:
         rows = self._layout.rows
@@ -290,15 +285,8 @@ def graph_is_kept() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-def _factor_dtype(gradients: Gradients, upstream: Tensor) -> torch.dtype:
-    for gradient in (gradients.hidden, gradients.weight, gradients.bias):
-        if gradient is not None:
-            return acc_dtype(gradient.dtype)
-    return upstream.dtype
-
-
 def _like(gradients: Gradients, hidden: Tensor) -> Gradients:
     """With d_hidden in the shape of ``hidden``."""
     if gradients.hidden is None:
         return gradients
-    return Gradients(gradients.hidden.view(hidden.shape), gradients.weight, gradients.bias)
+    return replace(gradients, hidden=gradients.hidden.view(hidden.shape))

@@ -25,11 +25,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-Operation = Literal["slime", "cross_entropy", "token"]
-PlanKind = Literal["eval", "stream", "resweep", "fused"]
+from slime_fused.problem import ROW_ALIGNMENT, Problem, padded_cols, round_up
 
-ROW_ALIGNMENT = 16
-"""Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
+PlanKind = Literal["eval", "stream", "resweep", "fused"]
 
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
 """Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
@@ -56,58 +54,6 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, 
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Everything the planner looks at."""
-
-    operation: Operation
-    rows: int
-    """N: rows that carry a label."""
-    hidden_size: int
-    vocab_size: int
-    itemsize: int
-    """Bytes of one hidden state, weight or logit."""
-    want_hidden: bool
-    want_weight: bool
-    want_bias: bool
-    pair_rows: tuple[int, ...] = ()
-    """For "slime": labelled rows of each pair (both responses)."""
-    keeps_residual: bool = True
-    """For "token": whether the residual may stay alive until backward (a compiled graph cannot keep it)."""
-    linear_stats_row_bytes: int = 0
-    """Scratch that the backend's ``linear_stats`` takes for each row; 0 where it has none."""
-
-    @property
-    def has_linear_stats(self) -> bool:
-        """Whether statistics can be formed without storing logits."""
-        return self.linear_stats_row_bytes > 0
-
-    @property
-    def row_pitch(self) -> int:
-        """Elements between two rows of the logits buffer."""
-        return padded_cols(self.vocab_size, self.itemsize)
-
-    @property
-    def row_bytes(self) -> int:
-        """Workspace of one row: its logits."""
-        return self.row_pitch * self.itemsize
-
-    @property
-    def row_scratch_bytes(self) -> int:
-        """What one row takes beside its logits: its row of R W (float32 at least), or its gathered hidden state."""
-        return self.hidden_size * max(4, self.itemsize)
-
-    @property
-    def wants_gradient(self) -> bool:
-        """Whether any gradient is wanted."""
-        return self.want_hidden or self.wants_head_gradient
-
-    @property
-    def wants_head_gradient(self) -> bool:
-        """Whether a gradient of the head is wanted: its weight's or its bias's."""
-        return self.want_weight or self.want_bias
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Half-open range of what is worked on at once: pairs for a streamed SLIME loss, rows otherwise."""
 
@@ -124,7 +70,7 @@ class Plan:
     problem: Problem
     chunks: tuple[Chunk, ...]
     workspace: int
-    """Byte budget of the logits buffer."""
+    """Byte budget of the logits buffer, where it is chunked; see `logits_bytes`."""
     reason: str
     block_cols: int = 0
     """"fused": columns of the vocabulary whose logits (all rows) backward holds at once; 0 without a backward."""
@@ -168,11 +114,34 @@ class Plan:
         return self.problem.want_weight and len(self.chunks) > 1 and self.kind != "fused"
 
     @property
+    def sums_weight_grad_in_float32(self) -> bool:
+        """Whether products of 16 bits go into a float32 dW: over several chunks, or into one that stays so."""
+        p = self.problem
+        is_wide = p.keeps_float32_weight_grad or p.weight_grad_itemsize >= 4
+        return p.want_weight and p.itemsize < 4 and (self.accumulates_weight_grad or is_wide)
+
+    @property
     def accumulator_bytes(self) -> int:
-        """A float32 dW beside the returned one: needed for 16-bit weights and several chunks only."""
-        if not (self.accumulates_weight_grad and self.problem.itemsize < 4):
+        """A float32 dW beside the returned one, and a block on its way into it."""
+        p = self.problem
+        if not self.sums_weight_grad_in_float32:
             return 0
-        return 4 * self.problem.vocab_size * self.problem.hidden_size + WEIGHT_GRAD_BLOCK_BYTES
+        return WEIGHT_GRAD_BLOCK_BYTES + (0 if p.weight_grad_itemsize >= 4 else 4 * p.vocab_size * p.hidden_size)
+
+    @property
+    def logits_bytes(self) -> int:
+        """What all logits-shaped buffers and the accumulator take together."""
+        return self.workspace_bytes + self.accumulator_bytes
+
+    @property
+    def _accumulator_reason(self) -> str:
+        if not self.accumulator_bytes:
+            return ""
+        if self.problem.weight_grad_itemsize >= 4:
+            return " (a block on its way into a float32 dW)"
+        if self.problem.keeps_float32_weight_grad:
+            return " (float16: a float32 dW until backward)"
+        return " (float32 dW over several chunks)"
 
     @property
     def products(self) -> int:
@@ -205,9 +174,9 @@ class Plan:
             ),
             f"workspace    {format_bytes(self.workspace_bytes)} of {format_bytes(self.workspace)} "
             f"(all logits at once: {format_bytes(p.rows * p.row_pitch * p.itemsize)})",
+            f"accumulator  {format_bytes(self.accumulator_bytes)}{self._accumulator_reason}; with the workspace "
+            f"{format_bytes(self.logits_bytes)}",
             f"scratch      {format_bytes(self.scratch_bytes)} of hidden-sized rows",
-            f"accumulator  {format_bytes(self.accumulator_bytes)}"
-            + (" (float32 dW over several chunks)" if self.accumulator_bytes else ""),
             f"products     {self.products} of rows x vocabulary x hidden, {self.flops / 1e12:.3g} TFLOP",
         ]
         return "\n".join(lines)
@@ -224,7 +193,34 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
             f"of {problem.vocab_size} logits), got {workspace}"
         )
     by_rows = _plan_by_rows(problem, workspace)
-    return _plan_fused(by_rows) or by_rows
+    # "fused" first: it alone keeps within a small budget without a float32 dW.
+    return _plan_fused(by_rows) or _one_chunk_instead(by_rows) or by_rows
+
+
+def _one_chunk_instead(plan: Plan) -> Plan | None:
+    """One chunk in place of several, where that takes no more memory: it needs no float32 copy of a 16-bit dW.
+
+    It is also faster: it never adds to such a copy, casts none, and forms no logits twice.
+    """
+    # By what all processes that share sequences agree on: their own rows differ, and their chunks must meet.
+    problem = replace(plan.problem, rows=sum(plan.problem.pair_rows) or plan.problem.rows)
+    several = _plan_by_rows(problem, plan.workspace)
+    if not several.sums_weight_grad_in_float32:
+        return None
+    one = _plan_by_rows(problem, problem.rows * problem.row_bytes)
+    room = plan.workspace + several.accumulator_bytes - one.accumulator_bytes
+    if several.accumulator_bytes > one.accumulator_bytes:
+        # The block on the way into the accumulator is not room for logits.
+        room -= WEIGHT_GRAD_BLOCK_BYTES
+    is_one = len(one.chunks) == 1 and one.kind == "stream"
+    if not is_one or one.workspace_bytes + one.scratch_bytes > room + several.scratch_bytes:
+        return None
+    whole = _plan_by_rows(plan.problem, problem.rows * problem.row_bytes)
+    return replace(
+        whole,
+        workspace=plan.workspace,
+        reason=f"all {problem.rows} rows at once take no more than {several.chunk_rows} and a float32 dW would",
+    )
 
 
 def _plan_by_rows(problem: Problem, workspace: int) -> Plan:
@@ -266,7 +262,11 @@ def _plan_fused(other: Plan) -> Plan | None:
         return None
     if other.kind == "resweep" and p.wants_head_gradient:
         reason = f"{other.reason}; backward goes by blocks of {block_cols} columns"
-    elif other.accumulator_bytes and _accumulates_less(block_cols if p.want_hidden else None, other.chunk_rows):
+    elif (
+        other.accumulates_weight_grad
+        and other.sums_weight_grad_in_float32
+        and _accumulates_less(block_cols if p.want_hidden else None, other.chunk_rows)
+    ):
         reason = f"{len(other.chunks)} chunks of at most {other.chunk_rows} rows would each add to a float32 dW"
     else:
         # With the head frozen the row plans take two products, this one three.
@@ -288,16 +288,7 @@ def _block_cols(problem: Problem, workspace: int) -> int:
         return 0
     room -= room % FUSED_COL_MULTIPLE
     count = -(-problem.vocab_size // room)
-    return _round_up(-(-problem.vocab_size // count), FUSED_COL_MULTIPLE)
-
-
-def padded_cols(cols: int, itemsize: int) -> int:
-    """Elements between two rows of a buffer of ``cols`` columns."""
-    return _round_up(cols, ROW_ALIGNMENT // itemsize)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return round_up(-(-problem.vocab_size // count), FUSED_COL_MULTIPLE)
 
 
 def _row_chunks(rows: int, capacity: int) -> tuple[Chunk, ...]:
@@ -333,9 +324,8 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
     """Bytes for ``workspace``: a number of bytes, a string such as "512MiB", or "auto".
 
     "auto" is room for the largest pair and at least 2048 rows (4096 on a GPU: each chunk reads the head twice
-    and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU). Where
-    several such chunks and the float32 copy of a 16-bit dW that they add into would take more memory than the
-    logits of all rows, it is room for those: one chunk, which writes dW once.
+    and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU); and room
+    for all rows where these take no more memory than such chunks and a float32 copy of dW (`make_plan`).
 
     Raises TypeError or ValueError for anything else.
     """
@@ -353,16 +343,8 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
 def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
     rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
     workspace = max(min(rows * problem.row_bytes, _AUTO_CAP[kind]), problem.row_bytes)
-    if problem.operation == "token":
-        # One chunk would keep its residual until backward, where several keep nothing.
-        return workspace
-    # The same on all processes that share sequences, whose rows differ and whose chunks must meet.
-    all_rows = sum(problem.pair_rows) or problem.rows
-    in_chunks = make_plan(replace(problem, rows=all_rows), workspace)
-    several = in_chunks.workspace_bytes + in_chunks.scratch_bytes + in_chunks.accumulator_bytes
-    if in_chunks.accumulator_bytes and all_rows * (problem.row_bytes + problem.row_scratch_bytes) <= several:
-        return all_rows * problem.row_bytes
-    return workspace
+    one = _one_chunk_instead(_plan_by_rows(problem, workspace))
+    return workspace if one is None else max(workspace, one.workspace_bytes)
 
 
 def parse_bytes(text: str) -> int:

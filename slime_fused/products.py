@@ -86,6 +86,17 @@ def scale_rows_(rows: Tensor, coefficient: Tensor) -> None:
         rows[block].mul_(coefficient[block, None])
 
 
+def scaled_to(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` (K, D) or (K,) times a 0-dim ``factor``, rounded once to ``dtype``, as a new tensor."""
+    out = torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
+    if values.device.type != "cpu":
+        return torch.mul(values, factor, out=out)
+    # On the CPU the product takes a copy in its own dtype: keep that small.
+    for block in _blocks(values.shape[0], values[:1].numel() * values.element_size()):
+        out[block] = values[block] * factor
+    return out
+
+
 def add_bias_grad(d_bias: Tensor, residual: Tensor, coefficient: Tensor) -> None:
     """``d_bias`` (V,) acc += ``residual`` (M, V)^T @ ``coefficient`` (M,), accumulated in float32 (float64)."""
     for cols in _blocks(d_bias.shape[0], residual.shape[0] * d_bias.element_size()):

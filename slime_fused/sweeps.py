@@ -13,19 +13,16 @@ FusedSweep    fused                 statistics alone; logits are formed again by
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.engine import (
-    ChunkEngine,
-    Gradients,
-    Head,
-    RowSet,
-    write_stats,
-)
+from slime_fused.engine import ChunkEngine, Head, RowSet, write_stats
+from slime_fused.gradients import Gradients, waiting_dtype
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.stats import TokenStats, VocabStats
@@ -55,6 +52,11 @@ def plan_sweep(head: Head, layout: TokenLayout, plan: Plan) -> Sweep:
     return KeptResidual(head, layout, plan) if is_kept else RowSweep(head, layout, plan)
 
 
+def unscaled_dtype(compute: torch.dtype) -> torch.dtype:
+    """The dtype of R W where it waits for its coefficients: it may be twice the head's largest weight."""
+    return waiting_dtype(compute, compute)
+
+
 def row_sets(layout: TokenLayout, plan: Plan) -> list[RowSet]:
     """The row blocks of a plan whose chunks are rows."""
     return [RowSet(layout, [(c.begin, c.end)]) for c in plan.chunks]
@@ -65,7 +67,7 @@ class RowSweep:
 
     def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
         self._layout = layout
-        self._engine = ChunkEngine(head, layout, plan)
+        self._engine = ChunkEngine(head, layout, plan, hidden_grad_dtype=unscaled_dtype(head.weight.dtype))
         self._blocks = row_sets(layout, plan)
         self.stats = TokenStats.empty(layout.num_rows, head.hidden)
 
@@ -176,7 +178,7 @@ class FusedSweep:
         """See `Sweep.backward`. Nothing that forward left is used up."""
         head, problem = self._head, self._plan.problem
         rows = RowSet(self._layout, [(0, problem.rows)])
-        d_hidden, d_weight, d_bias = vocab_sweep_backward(
+        gradients = vocab_sweep_backward(
             rows.take(head.hidden),
             head.weight,
             self._targets,
@@ -188,15 +190,18 @@ class FusedSweep:
             self.stats.logp,
             coefficient,
             head.backend,
+            head.waiting_dtypes,
             block_cols=self._plan.block_cols,
             want_hidden=problem.want_hidden,
             want_weight=problem.want_weight,
             want_bias=problem.want_bias,
         )
-        if d_hidden is not None and self._layout.rows is not None:
-            labelled, d_hidden = d_hidden, head.hidden.new_zeros(head.hidden.shape)
-            rows.put(d_hidden, labelled)
-        return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(head.weight.dtype))
+        labelled = gradients.hidden
+        if labelled is None or self._layout.rows is None:
+            return gradients
+        d_hidden = labelled.new_zeros(head.hidden.shape)
+        rows.put(d_hidden, labelled)
+        return replace(gradients, hidden=d_hidden)
 
 
 def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:

@@ -7,7 +7,8 @@ block b, with R the residual d(token loss)/d(logits) and c the coefficients dL/d
 
 and dX is multiplied by c once, at the end. Each row of dW is written exactly once, in its own dtype: no float32
 copy of dW exists, whatever the number of rows. Costs one more product (4 N V D multiply-adds in all, with the
-statistics) than keeping the logits. c is kept out of R_b, as small coefficients would underflow in float16.
+statistics) than keeping the logits. c is kept out of R_b, as small coefficients would underflow in float16; where
+it meets X in float16 a power of two keeps the product in range, and dW is float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
-from slime_fused.plan import padded_cols
+from slime_fused.gradients import GradientDtypes, Gradients, float16_scale
+from slime_fused.problem import padded_cols
 
 
 def vocab_sweep_backward(
@@ -32,12 +34,13 @@ def vocab_sweep_backward(
     logp: Tensor,
     row_scale: Tensor,
     backend: Backend,
+    dtypes: GradientDtypes,
     *,
     block_cols: int,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of sum_n row_scale_n * (token loss)_n; each is None where not wanted.
 
     Args:
@@ -52,14 +55,15 @@ def vocab_sweep_backward(
         logp: (N,) acc dtype, log-probability of each label.
         row_scale: (N,) acc dtype, dL/d(token loss) of each row.
         backend: whose ``residual_from_stats`` turns logits into residuals.
+        dtypes: of the three gradients.
         block_cols: columns of the vocabulary per step; the logits buffer is (N, block_cols).
         want_hidden: whether d_hidden is formed.
         want_weight: whether d_weight is formed.
         want_bias: whether d_bias is formed.
 
     Returns:
-        d_hidden (N, D) and d_weight (V, D) in the dtype of the operands, d_bias (V,) in acc dtype. d_hidden is
-        summed over blocks in acc dtype, and rounded once.
+        d_hidden (N, D), d_weight (V, D) and d_bias (V,). d_hidden and d_bias are summed over blocks in acc dtype,
+        and rounded once.
 
     Raises:
         ValueError: ``block_cols`` is not positive, or a label is not below V (CPU).
@@ -69,11 +73,14 @@ def vocab_sweep_backward(
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     acc = acc_dtype(hidden.dtype)
     sum_hidden = hidden.new_zeros(rows, depth, dtype=acc) if want_hidden else None
-    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if want_weight else None
+    d_weight = hidden.new_empty(weight.shape, dtype=dtypes.weight) if want_weight else None
     d_bias = hidden.new_zeros(vocab, dtype=acc) if want_bias else None
-    scaled_hidden = hidden.clone() if want_weight else hidden
+    scaled_hidden, weight_scale = hidden, None
     if want_weight:
-        products.scale_rows_(scaled_hidden, row_scale)
+        scaled_hidden = hidden.clone()
+        if hidden.dtype == torch.float16:
+            weight_scale = float16_scale(hidden, row_scale)
+        products.scale_rows_(scaled_hidden, row_scale if weight_scale is None else row_scale * weight_scale)
 
     width = min(block_cols, vocab)
     buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
@@ -106,5 +113,5 @@ def vocab_sweep_backward(
     del buffer, residual, scaled_hidden
     if sum_hidden is not None:
         products.scale_rows_(sum_hidden, row_scale)
-        d_hidden = sum_hidden.to(hidden.dtype)
-    return d_hidden, d_weight, d_bias
+        d_hidden = sum_hidden.to(dtypes.hidden)
+    return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(dtypes.bias), weight_scale)

@@ -70,7 +70,7 @@ class Batch:
 def make_batch(
     lengths: tuple[int, ...] = (4, 3, 5, 2, 6, 3),
     *,
-    hidden_size: int = 12,
+    hidden_size: int = 5,
     vocab_size: int = 37,
     prompt: int = 2,
     padding: int = 1,
@@ -82,7 +82,8 @@ def make_batch(
 ) -> Batch:
     """A padded batch whose sequence s has ``prompt`` ignored tokens, then ``lengths[s]`` labelled ones.
 
-    ``spread`` is about the standard deviation of the logits.
+    ``spread`` is about the standard deviation of the logits. The hidden size is small beside the rows: else one
+    chunk would take less memory than several and a float32 dW, and no 16-bit batch would be chunked.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -19,7 +19,8 @@ from bench.registry import CONTESTANTS
 from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
-from slime_fused.plan import Problem, make_plan, parse_bytes
+from slime_fused.plan import make_plan, parse_bytes
+from slime_fused.problem import Problem
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu.sh"

@@ -28,7 +28,7 @@ def function(request):
 
 @pytest.fixture
 def batch() -> Batch:
-    return make_batch(dtype=torch.float32, has_bias=True)
+    return make_batch(hidden_size=12, dtype=torch.float32, has_bias=True)
 
 
 @pytest.fixture

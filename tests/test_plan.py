@@ -15,12 +15,12 @@ import slime_fused as sf
 from slime_fused.plan import (
     WEIGHT_GRAD_BLOCK_BYTES,
     Plan,
-    Problem,
     format_bytes,
     make_plan,
     parse_bytes,
     resolve_workspace,
 )
+from slime_fused.problem import Problem
 from tests.measure import count_products, memory_of
 from tests.support import BACKENDS, Batch, make_batch, pack, require_backend
 
@@ -50,17 +50,18 @@ WANTED = [
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_products_and_flops(operation, wanted, rows, dtype, backend):
     """Every product that has the vocabulary as a dimension, against the plan; masked rows cost nothing."""
-    batch = make_batch(vocab_size=257, hidden_size=24, prompt=20, dtype=dtype, has_bias=True)
+    batch = make_batch(vocab_size=257, hidden_size=4, prompt=20, dtype=dtype, has_bias=True)
     leaves = batch.leaves(wanted)
     workspace = rows * leaves.call(sf.explain_plan, loss=operation, workspace="1GiB").problem.row_bytes
     plan = leaves.call(sf.explain_plan, loss=operation, workspace=workspace)
     labelled = int((batch.labels != -100).sum())
     assert plan.problem.rows == labelled < batch.labels.numel() / 4
-    with count_products(vocab_size=257, hidden_size=24) as counted:
+    with count_products(vocab_size=257, hidden_size=4) as counted:
         out = leaves.call(getattr(sf, OPERATIONS[operation]), backend=backend, workspace=workspace)
         if wanted:
             loss_of(out).backward()
-    assert counted.flops == plan.flops == 2 * plan.products * labelled * 257 * 24
+    assert counted.flops == plan.flops == 2 * plan.products * labelled * 257 * 4
+    assert (len(plan.chunks) == 1) == (rows == 1000)
     assert counted.largest_rows == plan.chunk_rows
 
 
@@ -166,7 +167,7 @@ def test_the_printed_plan_tells_the_numbers():
     text = str(plan)
     assert plan.kind == "stream"
     assert re.search(r"plan +stream: the largest pair \(\d+ rows\) fits", text)
-    assert f"{plan.problem.rows} labelled rows x 37 vocabulary x 12 hidden, 2 bytes each" in text
+    assert f"{plan.problem.rows} labelled rows x 37 vocabulary x 5 hidden, 2 bytes each" in text
     assert f"chunks       {len(plan.chunks)} of at most {plan.chunk_rows} rows" in text
     assert "gradients: hidden, weight" in text
     assert format_bytes(plan.accumulator_bytes) in text
@@ -219,7 +220,19 @@ def test_chunks_cover_everything_once_within_the_budget(problem, capacity, slack
         assert chunk.end > chunk.begin
         rows = sum(problem.pair_rows[chunk.begin : chunk.end]) if by_pairs else chunk.end - chunk.begin
         assert chunk.rows == rows
-    assert plan.workspace_bytes <= workspace
+    accumulator = 4 * problem.vocab_size * problem.hidden_size if problem.want_weight else 0
+    if plan.workspace_bytes > workspace:
+        # One chunk instead of several that would add to a float32 dW: no more memory than those.
+        assert problem.itemsize == 2
+        assert len(plan.chunks) == 1
+        assert plan.accumulator_bytes == 0
+        assert plan.logits_bytes <= workspace + accumulator
+        return
+    if plan.accumulator_bytes:
+        # And several only where one would take more.
+        one = make_plan(problem, problem.rows * problem.row_bytes)
+        if len(one.chunks) == 1 and one.kind == "stream":
+            assert one.logits_bytes + one.scratch_bytes > workspace + accumulator + plan.scratch_bytes
     if by_pairs:
         # Greedy by pairs is optimal for ordered pairs: no plan has fewer chunks.
         fewest, room = 0, 0
@@ -244,10 +257,6 @@ def test_automatic_workspace_always_works(problem, is_gpu):
     assert isinstance(plan, Plan)
 
 
-def whole_memory(plan: Plan) -> int:
-    return plan.workspace_bytes + plan.scratch_bytes + plan.accumulator_bytes
-
-
 @pytest.mark.parametrize(
     ("rows", "itemsize", "want_weight", "chunks"),
     [
@@ -260,25 +269,25 @@ def whole_memory(plan: Plan) -> int:
         (8192, 4, True, 2),
     ],
 )
+@pytest.mark.parametrize("workspace", ["auto", 4096])
 @pytest.mark.parametrize("operation", ["slime", "cross_entropy", "token"])
-def test_automatic_workspace_prefers_one_chunk_to_a_float32_copy_of_the_gradient(
-    operation, rows, itemsize, want_weight, chunks
+def test_one_chunk_rather_than_several_and_a_float32_copy_of_the_gradient(
+    operation, workspace, rows, itemsize, want_weight, chunks
 ):
+    """Whether "auto" or the user's number (here the rows it holds): the budget counts the accumulator."""
     pairs = (512,) * (rows // 512) + ((rows % 512,) if rows % 512 else ())
     problem = Problem(
         operation, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if operation == "slime" else ()
     )
-    plan = make_plan(problem, resolve_workspace("auto", problem, is_gpu=True))
-    if operation == "token" and rows > 4096:
-        # One chunk would keep its residual until backward.
-        assert plan.kind == "resweep"
-        assert plan.chunk_rows <= 4096
-        return
+    budget = resolve_workspace("auto", problem, is_gpu=True) if workspace == "auto" else 4096 * problem.row_bytes
+    plan = make_plan(problem, budget)
     assert len(plan.chunks) == chunks
+    assert plan.kind == ("resweep" if operation == "token" and chunks > 1 else "stream")
+    assert plan.products == (4 if plan.kind == "resweep" and want_weight else 2 + want_weight)
     if chunks == 1 and rows > 4096:
-        several = make_plan(problem, 4096 * problem.row_bytes)
-        assert len(several.chunks) > 1
-        assert whole_memory(plan) <= whole_memory(several)
+        in_rows = 4096 * problem.row_bytes + 4 * 4096 * 128256 + (8 << 20) + 4096 * problem.row_scratch_bytes
+        assert plan.logits_bytes + plan.scratch_bytes <= in_rows
+        assert workspace == "auto" or f"all {rows} rows at once take no more than" in plan.reason
 
 
 @pytest.mark.parametrize(

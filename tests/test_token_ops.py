@@ -142,7 +142,7 @@ def test_frozen_inputs(name, rows, wanted, backend):
 def test_any_leading_shape(dims, backend):
     batch = make_batch((4, 3, 5, 2, 6, 3))
     count = torch.Size(dims).numel()
-    hidden = batch.hidden.reshape(-1, 12)[:count].reshape(*dims, 12)
+    hidden = batch.hidden.flatten(0, 1)[:count].reshape(*dims, -1)
     labels = batch.labels.reshape(-1)[:count].reshape(dims)
     got = sf.linear_logprobs(hidden, batch.weight, labels, backend=backend)
     expected = reference.linear_logprobs(hidden, batch.weight, labels)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from slime_fused.backends import get_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.gradients import GradientDtypes
 from slime_fused.vocab_sweep import vocab_sweep_backward
 
 ROWS, DEPTH, VOCAB = 23, 16, 75
@@ -47,7 +48,8 @@ def autograd(problem, head, token_loss, dtype, *, has_bias):
 def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backend="torch", **wanted):
     hidden, weight, bias, labels, row_scale = problem
     acc = acc_dtype(hidden.dtype)
-    return vocab_sweep_backward(
+    dtypes = GradientDtypes(hidden.dtype, weight.dtype, acc)
+    gradients = vocab_sweep_backward(
         hidden,
         weight,
         labels,
@@ -58,9 +60,11 @@ def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backe
         logp.to(acc),
         row_scale,
         get_backend(backend),
+        dtypes.waiting(hidden.dtype),
         block_cols=block_cols,
         **{**EVERYTHING, **wanted},
-    )
+    ).times(None, dtypes, get_backend(backend), keeps=False)
+    return gradients.hidden, gradients.weight, gradients.bias
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

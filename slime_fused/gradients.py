@@ -1,0 +1,108 @@
+"""Gradients on their way out: which dtype they wait in, and the factor that reaches them in backward.
+
+A loss that forms its gradients in the forward pass does not know yet what they will be multiplied with. In float16
+no fixed power of two can stand in for it: a mean's gradients lie near the subnormals, a sum's near 65504, and a
+loss scaler may follow either. So float16 gradients are summed and kept in float32 until backward, and rounded once,
+with their factor. Other dtypes have float32's range and wait in their own.
+
+Gradients of tensors that autocast has cast are formed in the tensors' own dtype, never in autocast's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slime_fused import products
+from slime_fused.backends.base import Backend, acc_dtype
+
+_LARGEST_EXPONENT = 14
+"""Scaled float16 operands are below 2^15: half of what float16 holds."""
+_EXPONENT_RANGE = 100
+"""Scales are within 2^-100 and 2^100, so that neither they nor their inverses leave float32."""
+
+
+def waiting_dtype(dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """What the gradient of a tensor of ``dtype`` waits in, where the products run in ``compute``."""
+    return torch.float32 if torch.float16 in (dtype, compute) else dtype
+
+
+@dataclass(frozen=True)
+class GradientDtypes:
+    """The dtypes of the caller's tensors, which their gradients get in the end; None where there is no tensor."""
+
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GradientDtypes:
+        """Those of the inputs."""
+        return cls(hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+
+    def waiting(self, compute: torch.dtype) -> GradientDtypes:
+        """What the three wait in."""
+        return GradientDtypes(
+            waiting_dtype(self.hidden, compute),
+            waiting_dtype(self.weight, compute),
+            None if self.bias is None else waiting_dtype(self.bias, compute),
+        )
+
+    def __iter__(self) -> Iterator[torch.dtype | None]:
+        return iter((self.hidden, self.weight, self.bias))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of hidden, weight and bias; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    weight_scale: Tensor | None = None
+    """0-dim float32: ``weight`` is this many times the gradient. None is 1."""
+
+    def times(self, factor: Tensor | None, dtypes: GradientDtypes, backend: Backend, *, keeps: bool) -> Gradients:
+        """The gradients times a 0-dim ``factor`` (None: 1), in the dtypes of the caller's tensors.
+
+        Where a dtype is right already this is done in place; ``keeps`` leaves these as they are.
+        """
+        weight_factor = factor
+        if self.weight_scale is not None:
+            weight_factor = self.weight_scale.reciprocal() if factor is None else factor / self.weight_scale
+        factors = (factor, weight_factor, factor)
+        grads = (self.hidden, self.weight, self.bias)
+        return Gradients(
+            *(
+                None if grad is None or dtype is None else _times(grad, number, dtype, backend, keeps)
+                for grad, number, dtype in zip(grads, factors, dtypes, strict=True)
+            )
+        )
+
+
+def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: Backend, keeps: bool) -> Tensor:
+    if factor is None:
+        return grad.to(dtype)
+    factor = factor.to(acc_dtype(grad.dtype))
+    if grad.dtype != dtype:
+        return products.scaled_to(grad, factor, dtype)
+    grad = grad.clone() if keeps else grad
+    backend.scale_(grad, factor)
+    return grad
+
+
+def float16_scale(rows: Tensor, coefficient: Tensor) -> Tensor:
+    """A power of two that brings the largest entry of ``coefficient * rows`` to [2^14, 2^15), as a 0-dim tensor.
+
+    ``rows`` (M, D) float16, ``coefficient`` (M,) float32. Nothing then overflows, and entries 2^29 times smaller
+    are still normal numbers. Nothing waits for the device. 1 where an entry is not finite.
+    """
+    if rows.shape[0] == 0:
+        return coefficient.new_ones(())
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32).mul_(coefficient.abs()).amax()
+    exponent = (_LARGEST_EXPONENT + 1 - torch.frexp(largest).exponent).clamp_(-_EXPONENT_RANGE, _EXPONENT_RANGE)
+    exponent.masked_fill_(largest == 0, _EXPONENT_RANGE)
+    return torch.where(torch.isfinite(largest), torch.ldexp(torch.ones_like(largest), exponent), 1.0)
