@@ -72,6 +72,7 @@ class RowSet:
             else:
                 merged.append((begin, end))
         self.spans = merged
+        self.count = sum(end - begin for begin, end in merged)
         self.index = None if layout.rows is None else join([layout.rows[a:b] for a, b in merged])
 
     def take(self, source: Tensor) -> Tensor:
@@ -80,34 +81,36 @@ class RowSet:
             return source.index_select(0, self.index)
         return self.of_labelled(source)
 
-    def copy(self, source: Tensor) -> Tensor:
-        """(N_all, ...) -> (M, ...), always a new tensor."""
-        taken = self.take(source)
-        return taken.clone() if self.index is None and len(self.spans) == 1 else taken
+    @property
+    def span(self) -> tuple[int, int]:
+        """Begin and end of the only span, where rows follow each other."""
+        (only,) = self.spans
+        return only
 
-    def put(self, target: Tensor, value: Tensor) -> None:
-        """Write (M, ...) to these rows of (N_all, ...)."""
+    @property
+    def copies(self) -> bool:
+        """Whether `take` makes a copy."""
+        return self.index is not None or len(self.spans) > 1
+
+    def put(self, target: Tensor, value: Tensor, coefficient: Tensor | None = None) -> None:
+        """Write (M, D), times a ``coefficient`` (M,) if any, to these rows of (N_all, D); rounded once."""
         if self.index is not None:
+            if coefficient is not None:
+                value = products.scale_rows(value, coefficient, dtype=target.dtype, owns=True)
             target.index_copy_(0, self.index, value.to(target.dtype))
-        else:
-            self.put_labelled(target, value)
-
-    def put_labelled(self, target: Tensor, value: Tensor) -> None:
-        """Write (M, ...) to these rows of (N, ...), a tensor that holds the labelled rows alone."""
+            return
         done = 0
         for begin, end in self.spans:
-            target[begin:end] = value[done : done + end - begin]
-            done += end - begin
+            part = slice(done, done + end - begin)
+            if coefficient is None:
+                target[begin:end] = value[part]
+            else:
+                products.scale_rows(value[part], coefficient[part], out=target[begin:end])
+            done = part.stop
 
     def of_labelled(self, source: Tensor) -> Tensor:
         """(N, ...) -> (M, ...), for a tensor that holds the labelled rows alone."""
         return join([source[a:b] for a, b in self.spans])
-
-
-def write_stats(rows: RowSet, chunk: TokenStats, out: TokenStats) -> None:
-    """Copy a chunk's statistics to their place among all labelled rows."""
-    for own, target in zip(chunk.tensors(), out.tensors(), strict=True):
-        rows.put_labelled(target, own)
 
 
 class ChunkEngine:
@@ -150,19 +153,18 @@ class ChunkEngine:
         self._buffer = None
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
-        """Statistics of a chunk without its residual."""
-        write_stats(rows, self._stats_of(self.logits(rows), rows), out)
+        """(M,) statistics of a chunk, to ``out``, without its residual."""
+        out.copy_(self._stats_of(self.logits(rows), rows))
 
     def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
-        """(M, V) residual of a chunk; its statistics go to ``out``."""
+        """(M, V) residual of a chunk; its (M,) statistics go to ``out``."""
         head, logits = self.head, self.logits(rows)
         if head.shard is not None:
             # One visit cannot see the row: the others' statistics come first.
             stats = self._stats_of(logits, rows)
-            write_stats(rows, stats, out)
+            out.copy_(stats)
             self._write_residual(logits, rows, stats)
             return logits
-        chunk = TokenStats.empty(logits.shape[0], logits)
         head.backend.softmax_residual(
             logits,
             logits,
@@ -170,18 +172,17 @@ class ChunkEngine:
             head.bias,
             head.transform,
             head.token_loss,
-            row_max=chunk.row_max,
-            row_sum=chunk.row_sum,
-            logp=chunk.logp,
-            loss=chunk.loss,
+            row_max=out.row_max,
+            row_sum=out.row_sum,
+            logp=out.logp,
+            loss=out.loss,
         )
-        write_stats(rows, chunk, out)
         return logits
 
     def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
-        """As `residual`, where the statistics are known from an earlier pass."""
+        """As `residual`, where the (M,) statistics are known from an earlier pass."""
         logits = self.logits(rows)
-        self._write_residual(logits, rows, TokenStats(*map(rows.of_labelled, known.tensors())))
+        self._write_residual(logits, rows, known)
         return logits
 
     def _stats_of(self, logits: Tensor, rows: RowSet) -> TokenStats:
@@ -217,17 +218,15 @@ class ChunkEngine:
         value = products.residual_times_weight(residual, self.head.weight)
         if self.head.shard is not None:
             value = self.head.shard.add_up(value)
-        if coefficient is not None:
-            products.scale_rows_(value, coefficient)
-        rows.put(self.d_hidden, value)
+        rows.put(self.d_hidden, value, coefficient)
 
     def add_head_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor) -> None:
         """DW += R^T (c * X) and db += R^T c."""
         p, weight = self.plan.problem, self.head.weight
         if p.want_weight:
             # Gathered again rather than kept beside R W: one (rows x hidden) array at a time.
-            scaled = rows.copy(self.head.hidden)
-            products.scale_rows_(scaled, self._lifted(scaled, coefficient))
+            hidden = rows.take(self.head.hidden)
+            scaled = products.scale_rows(hidden, self._lifted(hidden, coefficient), owns=rows.copies)
             is_first = self.d_weight is None
             if self.d_weight is None:
                 summed_in = torch.float32 if self.plan.sums_weight_grad_in_float32 else weight.dtype

@@ -53,7 +53,6 @@ def _slime_stream(
     starts = cumulative(layout.lengths)
     bounds = _chunk_bounds(layout, plan).to(layout.targets.device, non_blocking=True)
     engine = ChunkEngine(head, layout, plan)
-    stats = TokenStats.empty(layout.num_rows, head.hidden)
     parts = []
     first = 0
     for chunk in plan.chunks:
@@ -62,11 +61,12 @@ def _slime_stream(
             (starts[num_pairs + chunk.begin], starts[num_pairs + chunk.end]),
         ]
         rows = RowSet(layout, spans)
+        stats = TokenStats.empty(rows.count, head.hidden)
         residual = engine.residual(rows, stats)
         size = 2 * (chunk.end - chunk.begin) + 1
-        logp, chunk_bounds = rows.of_labelled(stats.logp), bounds[first : first + size]
+        chunk_bounds = bounds[first : first + size]
         sequences = [side + i for side in (0, num_pairs) for i in range(chunk.begin, chunk.end)]
-        pairs, d_logp = _whole_terms(head.backend, logp, chunk_bounds, weights, True, context, sequences)
+        pairs, d_logp = _whole_terms(head.backend, stats.logp, chunk_bounds, weights, True, context, sequences)
         first += size
         parts.append(pairs)
         if d_logp is not None:
@@ -116,7 +116,7 @@ def _cross_entropy_stream(
     engine = ChunkEngine(head, layout, plan)
     stats = TokenStats.empty(layout.num_rows, head.hidden)
     for rows in row_sets(layout, plan):
-        residual = engine.residual(rows, stats)
+        residual = engine.residual(rows, stats.span(*rows.span))
         factors = stats.loss.new_full((residual.shape[0],), coefficient)
         engine.add_hidden_grad(rows, residual, factors)
         engine.add_head_grad(rows, residual, factors)

@@ -77,6 +77,7 @@ class SlimeLossFunction(torch.autograd.Function):
         wants: Wants,
     ) -> tuple[Tensor, ...]:
         """Run the plan; keep the gradients."""
+        ctx.set_materialize_grads(False)  # else backward fills a tensor of zeros for every output but the loss
         outputs, gradients, backend = run_slime(
             hidden, weight, bias, labels, cu_seqlens, parameters, options, wants
         )
@@ -85,8 +86,10 @@ class SlimeLossFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-        """The kept gradients times the upstream scalar."""
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        """The kept gradients times the upstream scalar; None where nothing comes from upstream."""
+        if upstream is None:
+            return (None,) * 8
         return *ctx.store.hand_out(upstream), None, None, None, None, None
 
 
@@ -255,6 +258,7 @@ class SlimeTermsFunction(torch.autograd.Function):
         ctx: Any, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, backend_name: str, wants: bool
     ) -> tuple[Tensor, ...]:
         """Terms and their derivative in one visit."""
+        ctx.set_materialize_grads(False)
         backend = resolve_backend(backend_name, logp.device, logp.dtype)
         pairs, d_logp = execute.slime_terms(backend, logp, cu_seqlens, weights, wants)
         outputs = loss_outputs(pairs)
@@ -264,8 +268,10 @@ class SlimeTermsFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-        """G times the upstream scalar."""
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        """G times the upstream scalar; None where nothing comes from upstream."""
+        if upstream is None:
+            return (None,) * 5
         refuse_second_derivative()
         (d_logp,) = ctx.saved_tensors
         return d_logp * upstream, None, None, None, None

@@ -76,14 +76,27 @@ def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *
         d_weight.addmm_(residual.t(), scaled_hidden)
 
 
-def scale_rows_(rows: Tensor, coefficient: Tensor) -> None:
-    """``rows`` (M, D) *= ``coefficient`` (M,) in place, rounded once."""
-    if rows.dtype == coefficient.dtype or rows.device.type != "cpu":
-        rows.mul_(coefficient[:, None])
-        return
+def scale_rows(
+    rows: Tensor,
+    coefficient: Tensor,
+    *,
+    owns: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``rows`` (M, D) times ``coefficient`` (M,), rounded once: to ``out``, or a tensor of ``dtype`` (that of rows).
+
+    ``owns`` allows the result to lie where ``rows`` do. One pass on a GPU, where dtypes may differ within it.
+    """
+    if out is None:
+        dtype = dtype or rows.dtype
+        out = rows if owns and dtype == rows.dtype else torch.empty_like(rows, dtype=dtype)
+    if rows.device.type != "cpu" or rows.dtype == coefficient.dtype == out.dtype:
+        return torch.mul(rows, coefficient[:, None], out=out)
     # On the CPU mixed dtypes go through a float32 copy of the operand: keep that small.
     for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size()):
-        rows[block].mul_(coefficient[block, None])
+        out[block] = rows[block] * coefficient[block, None]
+    return out
 
 
 def scaled_to(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

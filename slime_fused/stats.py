@@ -28,6 +28,15 @@ class TokenStats:
         """The four, in order."""
         return self.row_max, self.row_sum, self.logp, self.loss
 
+    def span(self, begin: int, end: int) -> TokenStats:
+        """Views of the rows begin to end."""
+        return TokenStats(*(values[begin:end] for values in self.tensors()))
+
+    def copy_(self, other: TokenStats) -> None:
+        """Take over the values of as many rows."""
+        for own, value in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(value)
+
 
 @dataclass(frozen=True)
 class VocabStats:

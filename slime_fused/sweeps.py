@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.engine import ChunkEngine, Head, RowSet, write_stats
+from slime_fused.engine import ChunkEngine, Head, RowSet
 from slime_fused.gradients import Gradients, waiting_dtype
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
@@ -84,9 +84,9 @@ class RowSweep:
         """Statistics of all rows and, where dX is wanted, the rows of R W in its place."""
         for rows in self._blocks:
             if self._engine.d_hidden is None:
-                self._engine.stats(rows, self.stats)
+                self._engine.stats(rows, self.stats.span(*rows.span))
             else:
-                residual = self._engine.residual(rows, self.stats)
+                residual = self._engine.residual(rows, self.stats.span(*rows.span))
                 self._engine.add_hidden_grad(rows, residual, None)
         self._engine.release_buffer()
 
@@ -101,15 +101,14 @@ class RowSweep:
         if engine.plan.problem.wants_head_gradient:
             self._add_head_grads(coefficient)
         if unscaled is not None:
-            engine.d_hidden = unscaled.clone() if keeps else unscaled
-            scale_rows(engine.d_hidden, coefficient, self._layout)
+            engine.d_hidden = scale_rows(unscaled, coefficient, self._layout, owns=not keeps)
         gradients = engine.gradients()
         engine.d_hidden = unscaled if keeps else None
         return gradients
 
     def _add_head_grads(self, coefficient: Tensor) -> None:
         for rows in self._blocks:
-            residual = self._engine.residual_again(rows, self.stats)
+            residual = self._engine.residual_again(rows, self.stats.span(*rows.span))
             self._engine.add_head_grad(rows, residual, rows.of_labelled(coefficient))
         self._engine.release_buffer()
 
@@ -172,7 +171,7 @@ class FusedSweep:
                 label_logit=stats.label_logit,
                 logit_sum=stats.logit_sum,
             )
-            write_stats(rows, stats.finish(head.token_loss, head.weight.shape[0]), self.stats)
+            self.stats.span(*rows.span).copy_(stats.finish(head.token_loss, head.weight.shape[0]))
 
     def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`. Nothing that forward left is used up."""
@@ -204,9 +203,9 @@ class FusedSweep:
         return replace(gradients, hidden=d_hidden)
 
 
-def scale_rows(d_hidden: Tensor, coefficient: Tensor, layout: TokenLayout) -> None:
-    """(N_all, D) rows of R W -> dX, in place; ``coefficient`` (N,). Rows without a label keep their zeros."""
+def scale_rows(unscaled: Tensor, coefficient: Tensor, layout: TokenLayout, *, owns: bool) -> Tensor:
+    """(N_all, D) rows of R W -> dX, in their place where ``owns``; ``coefficient`` (N,). Other rows stay zero."""
     if layout.rows is not None:
-        full = coefficient.new_zeros(d_hidden.shape[0])
+        full = coefficient.new_zeros(unscaled.shape[0])
         coefficient = full.index_copy_(0, layout.rows, coefficient)
-    products.scale_rows_(d_hidden, coefficient)
+    return products.scale_rows(unscaled, coefficient, owns=owns)

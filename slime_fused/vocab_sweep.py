@@ -77,10 +77,9 @@ def vocab_sweep_backward(
     d_bias = hidden.new_zeros(vocab, dtype=acc) if want_bias else None
     scaled_hidden, weight_scale = hidden, None
     if want_weight:
-        scaled_hidden = hidden.clone()
         if hidden.dtype == torch.float16:
             weight_scale = float16_scale(hidden, row_scale)
-        products.scale_rows_(scaled_hidden, row_scale if weight_scale is None else row_scale * weight_scale)
+        scaled_hidden = products.scale_rows(hidden, row_scale if weight_scale is None else row_scale * weight_scale)
 
     width = min(block_cols, vocab)
     buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
@@ -112,6 +111,5 @@ def vocab_sweep_backward(
     d_hidden = None
     del buffer, residual, scaled_hidden
     if sum_hidden is not None:
-        products.scale_rows_(sum_hidden, row_scale)
-        d_hidden = sum_hidden.to(dtypes.hidden)
+        d_hidden = products.scale_rows(sum_hidden, row_scale, dtype=dtypes.hidden, owns=True)
     return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(dtypes.bias), weight_scale)
