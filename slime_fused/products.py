@@ -84,7 +84,7 @@ def scale_rows(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``rows`` (M, D) times ``coefficient`` (M,), rounded once: to ``out``, or a tensor of ``dtype`` (that of rows).
+    """``rows`` (M, D) times ``coefficient`` (M,), rounded once: to ``out``, or a tensor of ``dtype`` (else theirs).
 
     ``owns`` allows the result to lie where ``rows`` do. One pass on a GPU, where dtypes may differ within it.
     """
