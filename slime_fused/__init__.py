@@ -7,18 +7,13 @@ never exist whole. See `slime_loss`. `slime_fused.reference` holds every functio
 from slime_fused import reference
 from slime_fused.backends import available_backends
 from slime_fused.config import SlimeLossConfig
-from slime_fused.functional import (
-    explain_plan,
-    linear_cross_entropy,
-    linear_logprobs,
-    sequence_logprobs,
-    slime_loss,
-    slime_terms,
-)
+from slime_fused.explain import explain_plan
+from slime_fused.functional import linear_cross_entropy, linear_logprobs, sequence_logprobs, slime_loss
 from slime_fused.info import build_info
 from slime_fused.logits_loss import cross_entropy
 from slime_fused.modules import LinearCrossEntropyLoss, SlimeLoss
 from slime_fused.output import SlimeOutput
+from slime_fused.terms import slime_terms
 
 __all__ = [
     "LinearCrossEntropyLoss",

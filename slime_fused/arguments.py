@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from slime_fused.calls import HeadOptions
 from slime_fused.config import SlimeLossConfig
 from slime_fused.distributed import group_name
 from slime_fused.layout import shift_labels
+from slime_fused.tensors import is_traced, materialize, refuse_transforms
 
 
 def prepare_arguments(
@@ -29,20 +32,27 @@ def prepare_arguments(
     cp_group: object = None,
     dp_group: object = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
-    """Check everything that shows without reading values."""
+    """Check all that shows without reading values; what comes back is plain memory."""
     compute_dtype = _autocast_dtype(hidden, weight, bias)
     checks.check_linear(
         hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None, is_cast=compute_dtype is not None
     )
-    checks.check_transform(logit_scale, logit_softcap)
+    checks.check_transform(logit_scale, logit_softcap, hidden.dtype)
+    checks.check_flag("shift", shift)
+    checks.check_ignore_index(ignore_index)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
+    labels, cu_seqlens = labels.long(), None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+    if not is_traced(hidden, weight, labels):
+        refuse_transforms(hidden=hidden, weight=weight, bias=bias, labels=labels, cu_seqlens=cu_seqlens)
+        hidden, weight, labels = map(materialize, (hidden, weight, labels))
+        bias, cu_seqlens = (None if x is None else materialize(x) for x in (bias, cu_seqlens))
     options = HeadOptions(
         bool(shift),
         int(ignore_index),
         float(logit_scale),
         None if logit_softcap is None else float(logit_softcap),
         backend,
-        workspace,
+        _plain_int(workspace),
         group_name("tp_group", tp_group),
         group_name("cp_group", cp_group),
         group_name("dp_group", dp_group),
@@ -53,7 +63,13 @@ def prepare_arguments(
             "shift: expected False with cp_group (the label of a process's last token may lie on another one: "
             "shift the labels before they are split), got True"
         )
-    return hidden, weight, labels.long(), bias, None if cu_seqlens is None else cu_seqlens.to(torch.int32), options
+    return hidden, weight, labels, bias, cu_seqlens, options
+
+
+def _plain_int(workspace: int | str) -> int | str:
+    """NumPy's integers as Python's."""
+    is_number = isinstance(workspace, Integral) and not isinstance(workspace, bool)
+    return int(workspace) if is_number else workspace
 
 
 def _autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:

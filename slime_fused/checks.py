@@ -5,10 +5,13 @@ Nothing here waits for a device or depends on values, so that a compiled graph c
 
 from __future__ import annotations
 
-import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from slime_fused.backends.base import acc_dtype
+from slime_fused.tensors import require_plain
 
 _LABEL_DTYPES = (torch.int64, torch.int32)
 
@@ -28,9 +31,9 @@ def check_linear(
     Where ``weight`` is a shard (``is_shard``), whether it has a row is left to those who know the other shards.
     ``is_cast``: all are cast to one dtype before use.
     """
-    _require_tensor("hidden", hidden)
-    _require_tensor("weight", weight)
-    _require_tensor("labels", labels)
+    require_plain("hidden", hidden)
+    require_plain("weight", weight)
+    require_plain("labels", labels)
     if not hidden.is_floating_point():
         raise TypeError(f"hidden: expected a floating dtype, got {hidden.dtype}")
     if hidden.is_meta:
@@ -49,7 +52,7 @@ def check_linear(
     _require_device("weight", weight, hidden)
     check_labels(labels, hidden.shape[:-1], hidden.device)
     if bias is not None:
-        _require_tensor("bias", bias)
+        require_plain("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: expected ({weight.shape[0]},) (the rows of weight), got shape {_shape(bias)}")
         if not is_cast:
@@ -61,22 +64,22 @@ def check_linear(
         check_cu_seqlens(cu_seqlens, hidden.device)
 
 
-def check_labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Refuse labels that are not integers of this shape on this device."""
-    _require_tensor("labels", labels)
+def check_labels(labels: Tensor, shape: torch.Size, device: torch.device, like: str = "hidden") -> None:
+    """Refuse labels that are not integers of this shape on this device, those of the tensor ``like``."""
+    require_plain("labels", labels)
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
     if labels.shape != shape:
         raise ValueError(
-            f"labels: expected shape {tuple(shape)} (hidden without its last dimension), got {_shape(labels)}"
+            f"labels: expected shape {tuple(shape)} ({like} without its last dimension), got {_shape(labels)}"
         )
     if labels.device != device:
-        raise ValueError(f"labels: expected on {device} like hidden, got {labels.device}")
+        raise ValueError(f"labels: expected on {device} like {like}, got {labels.device}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
     """Refuse boundaries that are not an integer vector of at least one entry on this device."""
-    _require_tensor("cu_seqlens", cu_seqlens)
+    require_plain("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in _LABEL_DTYPES:
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -85,25 +88,55 @@ def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens: expected on {device} like hidden, got {cu_seqlens.device}")
 
 
-def check_transform(logit_scale: float, logit_softcap: float | None) -> None:
-    """Refuse a scale or soft cap that is no finite number, or a soft cap that is not positive."""
-    if not isinstance(logit_scale, (int, float)) or not _is_finite(logit_scale):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
-    if logit_softcap is not None and not (isinstance(logit_softcap, (int, float)) and 0 < logit_softcap < math.inf):
-        raise ValueError(f"logit_softcap: expected None or a number > 0, got {logit_softcap!r}")
+def check_transform(logit_scale: float, logit_softcap: float | None, dtype: torch.dtype) -> None:
+    """Refuse a scale or soft cap that is no finite number in the accumulation dtype of logits of ``dtype``.
+
+    The kernels divide by the soft cap, or multiply with its inverse: both must be normal numbers.
+    """
+    limits = torch.finfo(acc_dtype(dtype))
+    _require_number("logit_scale", logit_scale, "a finite number")
+    if not -limits.max <= logit_scale <= limits.max:
+        raise ValueError(
+            f"logit_scale: expected a finite number of at most {limits.max:.3g} either way, got {logit_scale!r}"
+        )
+    if logit_softcap is None:
+        return
+    _require_number("logit_softcap", logit_softcap, "None or a number > 0")
+    if not limits.tiny <= logit_softcap <= 1 / limits.tiny:
+        raise ValueError(
+            f"logit_softcap: expected None or a number > 0 from {limits.tiny:.3g} to {1 / limits.tiny:.3g}, "
+            f"got {logit_softcap!r}"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    is_numpy_bool = getattr(getattr(value, "dtype", None), "kind", None) == "b"
+    if not isinstance(value, bool) and not is_numpy_bool:
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_ignore_index(value: int) -> None:
+    """Refuse what no int64 label can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"ignore_index: expected an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected an int64, got {value}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not among the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def check_token_loss(label_smoothing: float, z_loss: float) -> None:
-    """Refuse a smoothing outside [0, 1] and a negative or non-finite z-loss weight."""
+    """Refuse a smoothing outside [0, 1] and a z-loss weight that is negative or beyond float32."""
+    _require_number("label_smoothing", label_smoothing, "a number in [0, 1]")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
-    if not 0 <= z_loss < math.inf:
+    _require_number("z_loss", z_loss, "a finite number >= 0")
+    if not 0 <= z_loss <= torch.finfo(torch.float32).max:
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
 
 
@@ -117,18 +150,14 @@ def check_pairs(num_sequences: int, argument: str = "labels") -> None:
         )
 
 
-def _is_finite(value: float) -> bool:
-    """As `math.isfinite`, which a graph with symbolic numbers (dynamic=True) cannot hold."""
-    return -math.inf < value < math.inf
+def _require_number(name: str, value: object, expected: str) -> None:
+    """Python's and NumPy's numbers pass; a bool is a slip of the argument's place."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
 
 
 def _require_dtype(name: str, value: Tensor, hidden: Tensor) -> None:

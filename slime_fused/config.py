@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Literal
 
 StabilizerReduction = Literal["sequence", "token"]
@@ -43,10 +44,13 @@ class SlimeLossConfig:
             if field.name == "stabilizer_reduction":
                 continue
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{field.name}: expected a number, got {value!r}")
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:  # math.isfinite overflows on a huge int
                 raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
+            if type(value) not in (int, float):
+                # NumPy's numbers would make its repr, and a checkpoint that holds it, need NumPy.
+                object.__setattr__(self, field.name, float(value))
         for name in ("lambda_w", "lambda_l", "lambda_d"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")

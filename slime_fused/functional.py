@@ -1,4 +1,4 @@
-"""The public functions: check the arguments, pick the defaults, call the operator."""
+"""The public losses of a linear head: check the arguments, pick the defaults, call the operator."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from slime_fused import checks, library, op
+from slime_fused import checks, library, op, token_library
 from slime_fused.arguments import config_numbers, config_or_default, label_counts, prepare_arguments
 from slime_fused.backends.base import TokenLoss
-from slime_fused.calls import Wants, prepare_call
+from slime_fused.calls import Wants
 from slime_fused.config import SlimeLossConfig
-from slime_fused.distributed import BatchShare
-from slime_fused.execute import slime_weights
-from slime_fused.layout import response_lengths
 from slime_fused.op import SlimeParameters
 from slime_fused.output import SlimeOutput
-from slime_fused.plan import Plan
+from slime_fused.tensors import is_traced
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
     from torch.distributed import ProcessGroup
@@ -103,7 +100,7 @@ def slime_loss(
         checks.check_pairs(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)
     wants = Wants.of(hidden, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_traced(hidden, weight, labels):
         outputs = library.slime_loss_op(
             hidden,
             weight,
@@ -207,7 +204,7 @@ def sequence_logprobs(
         bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * labels.shape[-1]
     else:
         bounds = cu_seqlens.to(torch.int32)
-    sums = library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
+    sums = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
     if reduction == "sum":
         return sums
     counts = label_counts(labels, cu_seqlens, shift, ignore_index)
@@ -246,7 +243,7 @@ def linear_cross_entropy(
         float64).
 
     Raises:
-        As `slime_loss`; ValueError for "mean" and "sum" where all labels are ignored.
+        As `slime_loss`; ValueError for "mean" where all labels are ignored (the sum of none is 0).
     """
     checks.check_choice("reduction", reduction, _REDUCTIONS)
     checks.check_token_loss(label_smoothing, z_loss)
@@ -283,7 +280,7 @@ def linear_cross_entropy(
     )
     wants = Wants.of(hidden, weight, bias)
     mean = reduction == "mean"
-    if torch.compiler.is_compiling():
+    if is_traced(hidden, weight, labels):
         loss: Tensor = library.cross_entropy_op(
             hidden,
             weight,
@@ -299,78 +296,6 @@ def linear_cross_entropy(
     return op.CrossEntropyFunction.apply(hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants)
 
 
-def slime_terms(
-    logp: Tensor, cu_seqlens: Tensor, config: SlimeLossConfig | None = None, *, backend: str = "auto"
-) -> SlimeOutput:
-    """The SLIME loss from token log-probs alone, differentiable with respect to them.
-
-    Args:
-        logp: (N,) log-probs of the labelled tokens, float32 or float64: the P chosen responses one after the
-            other, then the P rejected ones.
-        cu_seqlens: (2P + 1,) int32 boundaries of the responses.
-        config: the loss's hyperparameters; None takes the paper's.
-        backend: as in `slime_loss`.
-
-    Raises:
-        TypeError, ValueError: wrong dtypes or shapes, boundaries that do not fit, an empty response.
-    """
-    config = config_or_default(config)
-    if not isinstance(logp, Tensor) or logp.dtype not in (torch.float32, torch.float64):
-        got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
-        raise TypeError(f"logp: expected a float32 or float64 tensor, got {got}")
-    if logp.dim() != 1:
-        raise ValueError(f"logp: expected (N,), got shape {tuple(logp.shape)}")
-    checks.check_cu_seqlens(cu_seqlens, logp.device)
-    checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
-    lengths = response_lengths(cu_seqlens, logp.shape[0])
-    share = BatchShare.of(lengths, None, logp.device)
-    weights = slime_weights(config_numbers(config), config.stabilizer_reduction, share)
-    wants = torch.is_grad_enabled() and logp.requires_grad
-    outputs = op.SlimeTermsFunction.apply(
-        logp.contiguous(), cu_seqlens.to(torch.int32).contiguous(), weights, backend, wants
-    )
-    return SlimeOutput(*outputs)
-
-
-def explain_plan(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    loss: Literal["slime", "cross_entropy", "token"] = "slime",
-    shift: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    backend: str = "auto",
-    workspace: int | str = "auto",
-) -> Plan:
-    """The plan that the same call would run with, as a printable value: chunks, bytes, FLOPs, and why.
-
-    Arguments as `slime_loss`; ``loss`` names the function: "slime", "cross_entropy" (mean or sum), or "token"
-    (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction "none"). Which gradients are wanted is
-    read off ``requires_grad``.
-    """
-    checks.check_choice("loss", loss, ("slime", "cross_entropy", "token"))
-    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
-        hidden,
-        weight,
-        labels,
-        bias,
-        cu_seqlens,
-        shift,
-        ignore_index,
-        logit_scale,
-        logit_softcap,
-        backend,
-        workspace,
-    )
-    wants = Wants.of(hidden, weight, bias)
-    return prepare_call(loss, hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss()).plan
-
-
 def _token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -384,7 +309,7 @@ def _token_loss(
         hidden, weight, labels, bias, cu_seqlens, *head_options
     )
     wants = Wants.of(hidden, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_traced(hidden, weight, labels):
         loss: Tensor = library.token_loss_op(
             hidden,
             weight,

@@ -1,4 +1,4 @@
-"""The same passes as `torch.library` operators, so that a compiled graph can hold them.
+"""The passes of the linear losses as `torch.library` operators, so that a compiled graph can hold them.
 
 A compiled graph calls these; eager code calls the autograd functions of `op.py`, which hand their buffers out
 without a copy. An operator may not change its inputs or keep state, so backward returns new tensors here, and the
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import TokenLoss, acc_dtype
 from slime_fused.calls import HeadOptions, Wants, prepare_call
 from slime_fused.gradients import GradientDtypes, Gradients
-from slime_fused.op import SlimeParameters, TokenPass, refuse_second_derivative, run_cross_entropy, run_slime
+from slime_fused.op import SlimeParameters, TokenPass, refuse_transformed_backward, run_cross_entropy, run_slime
 from slime_fused.sweeps import unscaled_dtype
 
 # Schemas share these fragments; `flat_options` produces the last one's values.
@@ -74,7 +73,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], gradients_and_scale: tupl
 
 def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     """Backward of the operators whose gradients were formed in forward."""
-    refuse_second_derivative()
+    refuse_transformed_backward(upstream)
     d_hidden, d_weight, d_bias, scale = ctx.saved_tensors
     scaled = (d_hidden, upstream), (d_weight, upstream / scale), (d_bias, upstream)
     gradients = [
@@ -238,7 +237,7 @@ def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _token_loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    refuse_second_derivative()
+    refuse_transformed_backward(upstream)
     gradients = token_loss_backward_op(upstream, *ctx.saved_tensors, *ctx.rest)
     wanted = zip(gradients, ctx.rest[-3:], strict=True)
     return *[g if want else None for g, want in wanted], *[None] * (2 + len(ctx.rest))
@@ -260,50 +259,3 @@ token_loss_backward_op = torch.library.custom_op(
 token_loss_op.register_fake(_token_loss_fake)
 token_loss_backward_op.register_fake(_token_loss_backward_fake)
 token_loss_op.register_autograd(_token_loss_autograd, setup_context=_token_loss_setup)
-
-
-# --- segment_sum: (N,) values over S segments ---
-
-
-def _segment_sum(values: Tensor, cu_seqlens: Tensor, mean: bool, backend: str) -> Tensor:
-    out = values.new_empty(cu_seqlens.shape[0] - 1)
-    kernels = resolve_backend(backend, values.device, values.dtype)
-    kernels.segment_sum(values.contiguous(), cu_seqlens.contiguous(), out, mean=mean)
-    return out
-
-
-def _segment_sum_backward(d_out: Tensor, cu_seqlens: Tensor, size: int, mean: bool, backend: str) -> Tensor:
-    # Values beyond the last boundary belong to no segment.
-    d_values = d_out.new_zeros(size)
-    kernels = resolve_backend(backend, d_out.device, d_out.dtype)
-    kernels.segment_sum_backward(d_out.contiguous(), cu_seqlens.contiguous(), d_values, mean=mean)
-    return d_values
-
-
-def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, cu_seqlens, ctx.mean, ctx.backend = inputs
-    ctx.size = values.shape[0]
-    ctx.save_for_backward(cu_seqlens)
-
-
-def _segment_sum_autograd(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    refuse_second_derivative()
-    (cu_seqlens,) = ctx.saved_tensors
-    return segment_sum_backward_op(upstream, cu_seqlens, ctx.size, ctx.mean, ctx.backend), None, None, None
-
-
-segment_sum_op = torch.library.custom_op(
-    "slime_fused::segment_sum",
-    _segment_sum,
-    mutates_args=(),
-    schema="(Tensor values, Tensor cu_seqlens, bool mean, str backend) -> Tensor",
-)
-segment_sum_backward_op = torch.library.custom_op(
-    "slime_fused::segment_sum_backward",
-    _segment_sum_backward,
-    mutates_args=(),
-    schema="(Tensor d_out, Tensor cu_seqlens, SymInt size, bool mean, str backend) -> Tensor",
-)
-segment_sum_op.register_fake(lambda values, cu_seqlens, mean, backend: values.new_empty(cu_seqlens.shape[0] - 1))
-segment_sum_backward_op.register_fake(lambda d_out, cu_seqlens, size, mean, backend: d_out.new_empty(size))
-segment_sum_op.register_autograd(_segment_sum_autograd, setup_context=_segment_sum_setup)

@@ -1,18 +1,17 @@
-"""Cross-entropy on logits that exist already: one visit for the loss, one for the gradient, no float32 copy."""
+"""`cross_entropy` of logits that exist already."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from slime_fused import checks
-from slime_fused.backends import BACKEND_NAMES, resolve_backend
+from slime_fused.backends import BACKEND_NAMES
 from slime_fused.backends.base import HeadTransform, TokenLoss
-from slime_fused.layout import IGNORED, check_label_range
-from slime_fused.op import refuse_second_derivative
-from slime_fused.stats import VocabStats
+from slime_fused.logits_op import LogitsLossFunction, row_targets
+from slime_fused.tensors import is_traced, materialize, refuse_transforms, require_plain
+from slime_fused.token_library import logits_loss_op
 
 
 def cross_entropy(
@@ -40,7 +39,9 @@ def cross_entropy(
         logit_scale: multiplies the logits.
         logit_softcap: c, for logits c * tanh(logits / c) after the scale.
         inplace_backward: write the gradient over the logits in backward, which saves their size in memory. Nobody
-            may read the logits afterwards; autograd refuses a second backward.
+            may read the logits afterwards; autograd refuses a second backward. Logits whose elements share memory
+            (an expanded tensor), or lie in columns apart, get memory of their own for it all the same, as do those
+            of a compiled graph.
         backend: "auto", "cuda", "triton", "cpu" or "torch".
 
     Returns:
@@ -49,86 +50,35 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: before any kernel runs, naming the argument, what was expected and what came. A mean
-            over no label is refused on the CPU; on a GPU, where finding out would mean waiting, it is NaN.
+            over no label is refused on the CPU (on a GPU, where finding out would mean waiting, it is NaN); the sum
+            of none is 0.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits: expected a floating tensor, got {got}")
+    require_plain("logits", logits)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating tensor, got {logits.dtype}")
+    if logits.is_meta:
+        raise ValueError("logits: expected a tensor that holds data, got one on the meta device")
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected (..., V) with V > 0, got shape {tuple(logits.shape)}")
-    checks.check_labels(labels, logits.shape[:-1], logits.device)
+    checks.check_labels(labels, logits.shape[:-1], logits.device, like="logits")
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     checks.check_token_loss(label_smoothing, z_loss)
-    checks.check_transform(logit_scale, logit_softcap)
+    checks.check_transform(logit_scale, logit_softcap, logits.dtype)
+    checks.check_ignore_index(ignore_index)
+    checks.check_flag("inplace_backward", inplace_backward)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
-    labels = labels.long()
-    ignored = labels == ignore_index
-    check_label_range(labels, ignored, logits.shape[-1])
-    if reduction == "mean" and labels.device.type == "cpu" and bool(ignored.all()):
-        raise ValueError("labels: expected at least one label that is not ignore_index, got none")
+    labels, ignore_index, is_mean = labels.long(), int(ignore_index), reduction == "mean"
     head = HeadTransform(float(logit_scale), None if logit_softcap is None else float(logit_softcap))
     token_loss = TokenLoss(float(label_smoothing), float(z_loss))
-    targets = labels.masked_fill(ignored, IGNORED).flatten()
-    loss: Tensor = LogitsLossFunction.apply(logits, targets, head, token_loss, inplace_backward, backend)
+    loss: Tensor
+    if is_traced(logits, labels):
+        options = (token_loss.label_smoothing, token_loss.z_loss, head.scale, head.softcap, backend, ignore_index)
+        loss = logits_loss_op(logits, labels, is_mean, *options)[0]
+    else:
+        refuse_transforms(logits=logits, labels=labels)
+        logits = materialize(logits)
+        targets = row_targets(labels, ignore_index, logits.shape[-1], needs_label=is_mean)
+        loss = LogitsLossFunction.apply(logits, targets, head, token_loss, bool(inplace_backward), backend)
     if reduction == "none":
         return loss.view(labels.shape)
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / ignored.logical_not().sum()
-
-
-class LogitsLossFunction(torch.autograd.Function):
-    """(N,) token losses of logits (..., V)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        inplace_backward: bool,
-        backend_name: str,
-    ) -> Tensor:
-        """Statistics only; the logits stay as they are."""
-        backend = resolve_backend(backend_name, logits.device, logits.dtype)
-        rows = _as_rows(logits)
-        stats = VocabStats.of_logits(backend, rows, targets, None, head, token_loss).finish(
-            token_loss, rows.shape[1]
-        )
-        ctx.save_for_backward(logits, targets, stats.row_max, stats.row_sum, stats.logp)
-        ctx.options = (backend, head, token_loss, inplace_backward)
-        return stats.loss.masked_fill_(targets == IGNORED, 0)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """The residual times each row's upstream gradient, over the logits where that was asked for."""
-        refuse_second_derivative()
-        logits, targets, row_max, row_sum, logp = ctx.saved_tensors
-        backend, head, token_loss, inplace_backward = ctx.options
-        rows = _as_rows(logits.detach())
-        out = rows if inplace_backward else torch.empty_like(rows, memory_format=torch.contiguous_format)
-        backend.residual_from_stats(
-            rows,
-            out,
-            targets,
-            None,
-            head,
-            token_loss,
-            col_offset=0,
-            vocab_size=logits.shape[-1],
-            row_max=row_max,
-            row_sum=row_sum,
-            logp=logp,
-            row_scale=upstream.to(logp.dtype).contiguous(),
-        )
-        if inplace_backward and out.data_ptr() == logits.data_ptr():
-            # Whoever saved the logits too is told by autograd that they have changed.
-            torch.autograd.graph.increment_version(logits)
-        return out.view(logits.shape), None, None, None, None, None
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    """(N, V) with contiguous columns; a copy only where the layout has none."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    return loss.sum() / (labels != ignore_index).sum() if is_mean else loss.sum()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from slime_fused.arguments import config_or_default
 from slime_fused.config import SlimeLossConfig
 from slime_fused.functional import linear_cross_entropy, slime_loss
 from slime_fused.output import SlimeOutput
@@ -17,13 +20,13 @@ class SlimeLoss(nn.Module):
     Args:
         config: the loss's hyperparameters; None takes the paper's.
         **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``backend``, ``workspace``,
-            ``tp_group``, ``cp_group``, ``dp_group``.
+            ``tp_group``, ``cp_group``, ``dp_group``. A TypeError for any other name.
     """
 
     def __init__(self, config: SlimeLossConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.config = config or SlimeLossConfig()
-        self.options = options
+        self.config = config_or_default(config)
+        self.options = _known_options(slime_loss, options)
 
     def forward(
         self,
@@ -49,12 +52,12 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         **options: ``reduction``, ``label_smoothing``, ``z_loss``, ``shift``, ``ignore_index``, ``logit_scale``,
-            ``logit_softcap``, ``backend``, ``workspace``, ``tp_group``.
+            ``logit_softcap``, ``backend``, ``workspace``, ``tp_group``. A TypeError for any other name.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.options = options
+        self.options = _known_options(linear_cross_entropy, options)
 
     def forward(
         self,
@@ -71,3 +74,14 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options."""
         return str(self.options)
+
+
+def _known_options(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options, once all are keyword arguments of ``function`` that a call of the module does not give."""
+    given_later = ("bias", "cu_seqlens", "config")
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given_later]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name}: expected an option among {', '.join(known)}, got an unknown one")
+    return options

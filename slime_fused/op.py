@@ -18,13 +18,15 @@ from torch import Tensor
 
 from slime_fused import execute
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, SlimeWeights, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, TokenLoss, acc_dtype
 from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
 from slime_fused.distributed import BatchShare, find_group
 from slime_fused.execute import SlimePairs
 from slime_fused.gradients import GradientDtypes, Gradients
+from slime_fused.layout import response_lengths
 from slime_fused.stats import TokenStats
 from slime_fused.sweeps import plan_sweep
+from slime_fused.tensors import is_batched
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class _GradientStore:
 
     def hand_out(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d_hidden, d_weight, d_bias) times the scalar ``upstream``."""
-        refuse_second_derivative()
+        refuse_transformed_backward(upstream)
         stored = self._gradients
         if stored is None:
             raise RuntimeError(
@@ -169,7 +171,7 @@ def run_cross_entropy(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("cross_entropy", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss)
         rows = call.layout.num_rows
-        if rows == 0:
+        if rows == 0 and mean:
             raise ValueError("labels: expected at least one label that is not ignore_index, got none")
         share = 1 / rows if mean else 1.0
         total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share)
@@ -202,7 +204,7 @@ class TokenLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """dX, dW and db for one coefficient per token."""
-        refuse_second_derivative()
+        refuse_transformed_backward(upstream)
         hidden, *_ = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = _like(ctx.pass_.backward(upstream.flatten(), keeps=graph_is_kept()), hidden)
@@ -255,13 +257,11 @@ class SlimeTermsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, backend_name: str, wants: bool
+        ctx: Any, logp: Tensor, cu_seqlens: Tensor, parameters: SlimeParameters, backend_name: str, wants: bool
     ) -> tuple[Tensor, ...]:
         """Terms and their derivative in one visit."""
         ctx.set_materialize_grads(False)
-        backend = resolve_backend(backend_name, logp.device, logp.dtype)
-        pairs, d_logp = execute.slime_terms(backend, logp, cu_seqlens, weights, wants)
-        outputs = loss_outputs(pairs)
+        outputs, d_logp = run_slime_terms(logp, cu_seqlens, parameters, backend_name, wants)
         if d_logp is not None:
             ctx.save_for_backward(d_logp)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -272,17 +272,34 @@ class SlimeTermsFunction(torch.autograd.Function):
         """G times the upstream scalar; None where nothing comes from upstream."""
         if upstream is None:
             return (None,) * 5
-        refuse_second_derivative()
+        refuse_transformed_backward(upstream)
         (d_logp,) = ctx.saved_tensors
         return d_logp * upstream, None, None, None, None
 
 
-def refuse_second_derivative() -> None:
-    """Backward runs with gradients enabled only under create_graph=True."""
+def run_slime_terms(
+    logp: Tensor, cu_seqlens: Tensor, parameters: SlimeParameters, backend_name: str, wants: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """(the six outputs of `SlimeTermsFunction`, dL/dlogp where wanted). Waits for the device to read the bounds."""
+    lengths = response_lengths(cu_seqlens, logp.shape[0])
+    share = BatchShare.of(lengths, None, logp.device)
+    weights = execute.slime_weights(parameters.numbers, parameters.reduction, share)
+    backend = resolve_backend(backend_name, logp.device, logp.dtype)
+    pairs, d_logp = execute.slime_terms(backend, logp.contiguous(), cu_seqlens.contiguous(), weights, wants)
+    return loss_outputs(pairs), d_logp
+
+
+def refuse_transformed_backward(upstream: Tensor) -> None:
+    """Backward runs with gradients enabled only under create_graph=True; ``upstream`` may stand for a batch."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "slime_fused losses are not twice differentiable: backward was called with create_graph=True; "
             "use slime_fused.reference for second derivatives"
+        )
+    if is_batched(upstream):
+        raise RuntimeError(
+            "slime_fused losses take one upstream gradient at a time, got a batch (is_grads_batched=True or vmap): "
+            "call torch.autograd.grad(..., retain_graph=True) for each; slime_fused.reference takes batches"
         )
 
 

@@ -181,7 +181,7 @@ def slime_terms(
     anchor = -c.lambda_w * chosen.mean()
     hinge = torch.relu(c.margin_hard - margins)
     margin_loss = (c.lambda_d * hinge * torch.sigmoid(-c.kappa * (margins - c.margin_soft))).mean()
-    penalties = [F.softplus(-r - c.delta) ** c.power for r in responses[num_pairs:]]
+    penalties = [F.softplus(-r - c.delta, threshold=40.0) ** c.power for r in responses[num_pairs:]]
     if c.stabilizer_reduction == "sequence":
         stabilizer = c.lambda_l * torch.stack([p.mean() for p in penalties]).mean()
     else:

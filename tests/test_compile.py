@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import library, reference
+from slime_fused import library, reference, token_library
 from slime_fused.calls import HeadOptions, Wants
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
@@ -190,9 +190,9 @@ def op_cases() -> dict[str, OpCase]:
     bounds = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
     for mean in (False, True):
         values = torch.randn(9, requires_grad=True)
-        cases[f"segment_sum-{mean}"] = OpCase(library.segment_sum_op, (values, bounds, mean, "cpu"))
+        cases[f"segment_sum-{mean}"] = OpCase(token_library.segment_sum_op, (values, bounds, mean, "cpu"))
         cases[f"segment_sum_backward-{mean}"] = OpCase(
-            library.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
+            token_library.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
         )
     return cases
 

@@ -15,6 +15,9 @@ from slime_fused.backends.base import HeadTransform, SlimeWeights, TokenLoss, ac
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+SOFTPLUS_THRESHOLD = 40.0
+"""Above it softplus(x) is x: exp(-40) is 4e-18. PyTorch's default of 20 leaves out 2e-9, which float64 shows."""
+
 
 def transform_logits(raw: Tensor, bias: Tensor | None, head: HeadTransform) -> Tensor:
     """(M, V) raw products -> the logits of the softmax, in acc dtype."""
@@ -220,7 +223,7 @@ class TorchBackend:
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         first_rejected = int(cu_seqlens[num_pairs])
         excess = -logp[first_rejected:] - w.delta
-        penalty = F.softplus(excess)
+        penalty = F.softplus(excess, threshold=SOFTPLUS_THRESHOLD)
         token_weight = (
             torch.full_like(penalty, w.token_weight)
             if w.token_weight

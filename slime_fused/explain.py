@@ -1,0 +1,57 @@
+"""`explain_plan`: what a call would do, without doing it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from slime_fused import checks
+from slime_fused.arguments import prepare_arguments
+from slime_fused.backends.base import TokenLoss
+from slime_fused.calls import Wants, prepare_call
+from slime_fused.plan import Plan
+from slime_fused.tensors import is_traced
+
+
+def explain_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss: Literal["slime", "cross_entropy", "token"] = "slime",
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+) -> Plan:
+    """The plan that the same call would run with, as a printable value: chunks, bytes, FLOPs, and why.
+
+    Arguments as `slime_loss`; ``loss`` names the function: "slime", "cross_entropy" (mean or sum), or "token"
+    (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction "none"). Which gradients are wanted is
+    read off ``requires_grad``.
+    """
+    checks.check_choice("loss", loss, ("slime", "cross_entropy", "token"))
+    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
+        hidden,
+        weight,
+        labels,
+        bias,
+        cu_seqlens,
+        shift,
+        ignore_index,
+        logit_scale,
+        logit_softcap,
+        backend,
+        workspace,
+    )
+    if is_traced(hidden, weight, labels):
+        raise ValueError(
+            "labels: expected values to count, got a traced or fake tensor: call explain_plan outside the trace"
+        )
+    wants = Wants.of(hidden, weight, bias)
+    return prepare_call(loss, hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss()).plan
