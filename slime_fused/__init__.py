@@ -10,16 +10,19 @@ from slime_fused.config import SlimeLossConfig
 from slime_fused.explain import explain_plan
 from slime_fused.functional import linear_cross_entropy, linear_logprobs, sequence_logprobs, slime_loss
 from slime_fused.info import build_info
+from slime_fused.layout import TokenLayout
 from slime_fused.logits_loss import cross_entropy
 from slime_fused.modules import LinearCrossEntropyLoss, SlimeLoss
 from slime_fused.output import SlimeOutput
 from slime_fused.terms import slime_terms
+from slime_fused.token_layout import token_layout
 
 __all__ = [
     "LinearCrossEntropyLoss",
     "SlimeLoss",
     "SlimeLossConfig",
     "SlimeOutput",
+    "TokenLayout",
     "available_backends",
     "build_info",
     "cross_entropy",
@@ -30,5 +33,6 @@ __all__ = [
     "sequence_logprobs",
     "slime_loss",
     "slime_terms",
+    "token_layout",
 ]
 __version__ = "0.1.0"

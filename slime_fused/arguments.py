@@ -12,14 +12,14 @@ from slime_fused.backends import BACKEND_NAMES
 from slime_fused.calls import HeadOptions
 from slime_fused.config import SlimeLossConfig
 from slime_fused.distributed import group_name
-from slime_fused.layout import shift_labels
+from slime_fused.layout import IGNORED, TokenLayout, shift_labels
 from slime_fused.tensors import is_traced, materialize, refuse_transforms
 
 
 def prepare_arguments(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
     shift: bool,
@@ -33,6 +33,11 @@ def prepare_arguments(
     dp_group: object = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
     """Check all that shows without reading values; what comes back is plain memory."""
+    layout = None
+    if isinstance(labels, TokenLayout):
+        layout = labels
+        checks.check_unset_beside_layout(cu_seqlens, shift, ignore_index)
+        labels, cu_seqlens, ignore_index = layout.labels, layout.cu_seqlens, IGNORED
     compute_dtype = _autocast_dtype(hidden, weight, bias)
     checks.check_linear(
         hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None, is_cast=compute_dtype is not None
@@ -57,6 +62,7 @@ def prepare_arguments(
         group_name("cp_group", cp_group),
         group_name("dp_group", dp_group),
         compute_dtype,
+        layout,
     )
     if options.cp_group is not None and options.shift:
         raise ValueError(

@@ -34,6 +34,8 @@ class HeadOptions:
     dp_group: str | None = None
     compute_dtype: torch.dtype | None = None
     """What autocast has the products run in: the head's tensors are cast to it. None: their own dtype."""
+    layout: TokenLayout | None = None
+    """That of the labels, where the caller had it. No part of an operator's schema."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,14 @@ def prepare_call(
     shard = None if tp_group is None else VocabShard.of(hidden, weight, labels, wants.flags, tp_group)
 
     def resolve() -> TokenLayout:
+        vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+        if options.layout is not None:
+            options.layout.require_below(vocab_size)
+            return options.layout
         return resolve_layout(
             labels,
             cu_seqlens,
-            vocab_size=weight.shape[0] if shard is None else shard.vocab_size,
+            vocab_size=vocab_size,
             shift=options.shift,
             ignore_index=options.ignore_index,
         )

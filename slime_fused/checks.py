@@ -140,6 +140,14 @@ def check_token_loss(label_smoothing: float, z_loss: float) -> None:
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
 
 
+def check_unset_beside_layout(cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> None:
+    """Refuse what a `TokenLayout` knows already."""
+    given = {"cu_seqlens": cu_seqlens is not None, "shift": shift, "ignore_index": ignore_index != -100}
+    for name, is_given in given.items():
+        if is_given:
+            raise ValueError(f"{name}: expected none beside a TokenLayout, which was made with one; got {name} too")
+
+
 def check_pairs(num_sequences: int, argument: str = "labels") -> None:
     """Refuse a number of sequences that is not 2P with P >= 1; ``argument`` is what it was read off."""
     if num_sequences == 0:

@@ -142,7 +142,7 @@ class ChunkEngine:
             cols = self.head.weight.shape[0]
             padded = hidden.new_empty(self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
             # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
-            padded[:, cols:] = 0
+            padded[:, cols:].zero_()
             self._buffer = padded[:, :cols]
         logits = self._buffer[: hidden.shape[0]]
         products.write_logits(hidden, self.head.weight, logits)

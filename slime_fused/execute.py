@@ -51,7 +51,7 @@ def _slime_stream(
     """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
     num_pairs = len(layout.lengths) // 2
     starts = cumulative(layout.lengths)
-    bounds = _chunk_bounds(layout, plan).to(layout.targets.device, non_blocking=True)
+    bounds = layout.ints(_chunk_bounds(layout, plan))
     engine = ChunkEngine(head, layout, plan)
     parts = []
     first = 0
@@ -87,7 +87,7 @@ def _slime_sweep(
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
     sweep = plan_sweep(head, layout, plan)
     sweep.forward()
-    bounds = torch.tensor(cumulative(layout.lengths), dtype=torch.int32, device=layout.targets.device)
+    bounds = layout.ints(cumulative(layout.lengths))
     wants, sequences = plan.problem.wants_gradient, range(len(layout.lengths))
     pairs, d_logp = _whole_terms(head.backend, sweep.stats.logp, bounds, weights, wants, context, sequences)
     if d_logp is None:
@@ -168,7 +168,7 @@ def _whole_terms(
     return pairs, None if d_logp is None else d_logp.index_select(0, own)
 
 
-def _chunk_bounds(layout: TokenLayout, plan: Plan) -> Tensor:
+def _chunk_bounds(layout: TokenLayout, plan: Plan) -> list[int]:
     """The cu_seqlens of every chunk, one after the other, so that one copy takes them to the device."""
     num_pairs = len(layout.lengths) // 2
     bounds: list[int] = []
@@ -176,8 +176,7 @@ def _chunk_bounds(layout: TokenLayout, plan: Plan) -> Tensor:
         chosen = layout.lengths[chunk.begin : chunk.end]
         rejected = layout.lengths[num_pairs + chunk.begin : num_pairs + chunk.end]
         bounds += cumulative([*chosen, *rejected])
-    tensor = torch.tensor(bounds, dtype=torch.int32, device="cpu")
-    return tensor.pin_memory() if layout.targets.is_cuda else tensor
+    return bounds
 
 
 def _join_pairs(parts: list[SlimePairs]) -> SlimePairs:

@@ -10,6 +10,7 @@ from slime_fused import checks
 from slime_fused.arguments import prepare_arguments
 from slime_fused.backends.base import TokenLoss
 from slime_fused.calls import Wants, prepare_call
+from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.tensors import is_traced
 
@@ -17,7 +18,7 @@ from slime_fused.tensors import is_traced
 def explain_plan(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,

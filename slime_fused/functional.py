@@ -13,6 +13,7 @@ from slime_fused.arguments import config_numbers, config_or_default, label_count
 from slime_fused.backends.base import TokenLoss
 from slime_fused.calls import Wants
 from slime_fused.config import SlimeLossConfig
+from slime_fused.layout import IGNORED, TokenLayout
 from slime_fused.op import SlimeParameters
 from slime_fused.output import SlimeOutput
 from slime_fused.tensors import is_traced
@@ -27,7 +28,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 def slime_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -49,7 +50,8 @@ def slime_loss(
             responses of the same pairs; or (N, D), packed, with ``cu_seqlens``. float32, bfloat16, float16; float64
             on the CPU.
         weight: (V, D) head weight, in the dtype of ``hidden`` (under autocast both are cast to its dtype).
-        labels: (S, T) or (N,) int64 token ids; ``ignore_index`` marks prompt and padding, which cost nothing.
+        labels: (S, T) or (N,) int64 token ids; ``ignore_index`` marks prompt and padding, which cost nothing. Or
+            their `token_layout`, which saves waiting for the device.
         bias: (V,) or None; added before scale and soft cap.
         cu_seqlens: (S + 1,) int32 boundaries of packed sequences, from 0 to N.
         config: the loss's hyperparameters; None takes the paper's.
@@ -58,8 +60,9 @@ def slime_loss(
         logit_scale: multiplies the logits (Cohere; Granite divides).
         logit_softcap: c, for logits c * tanh(logits / c) after the scale (Gemma 2).
         backend: "auto", "cuda", "triton", "cpu" or "torch".
-        workspace: "auto", bytes, or a string such as "512MiB": the most that logits-shaped buffers may take.
-            Results do not depend on it beyond rounding.
+        workspace: "auto", bytes, or a string such as "512MiB": the most that logits-shaped buffers may take. Where
+            chunks of that size would need a float32 copy of a 16-bit dW, the logits may have the room of both: if
+            all fit there, one chunk is both leaner and faster. Results do not depend on it beyond rounding.
         tp_group: processes that hold the head's rows together, in order of rank: ``weight`` and ``bias`` are this
             process's rows, all else is the same on each. Each gets the whole gradient of ``hidden``.
         cp_group: processes that hold the tokens together: each gives its tokens of all S sequences (none of some,
@@ -119,7 +122,7 @@ def slime_loss(
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -161,7 +164,7 @@ def linear_logprobs(
 def sequence_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     reduction: Literal["sum", "mean"] = "sum",
     bias: Tensor | None = None,
@@ -199,6 +202,9 @@ def sequence_logprobs(
         workspace=workspace,
         tp_group=tp_group,
     )
+    if isinstance(labels, TokenLayout):
+        cu_seqlens, shift, ignore_index = labels.cu_seqlens, False, IGNORED
+        labels = labels.labels
     if cu_seqlens is None:
         sequences = math.prod(labels.shape[:-1])
         bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * labels.shape[-1]
@@ -214,7 +220,7 @@ def sequence_logprobs(
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -299,7 +305,7 @@ def linear_cross_entropy(
 def _token_loss(
     hidden: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | TokenLayout,
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
     token_loss: TokenLoss,

@@ -6,7 +6,8 @@ label is ignored) and the boundaries of S sequences. Rows without a target are n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -16,9 +17,9 @@ IGNORED = -1
 """Target of a row that takes no part, whatever the caller's ``ignore_index`` was."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Rows that carry a label, in order of their sequences."""
+    """Rows that carry a label, in order of their sequences: see `slime_fused.token_layout`."""
 
     targets: Tensor
     """(N_all,) int64: vocabulary index, or IGNORED."""
@@ -26,15 +27,61 @@ class TokenLayout:
     """Rows with a target in each of the S sequences."""
     rows: Tensor | None
     """(N,) int64: indices of the rows with a target; None where every row has one."""
+    shape: tuple[int, ...]
+    """Of the labels: (S, T), or (N_all,)."""
+    cu_seqlens: Tensor | None = None
+    """(S + 1,) int32 boundaries where the labels were packed."""
+    vocab_size: int | None = None
+    """Below which the targets are known to lie."""
+    _on_device: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def num_rows(self) -> int:
         """N: rows with a target."""
         return sum(self.lengths)
 
+    @property
+    def labels(self) -> Tensor:
+        """The targets in the shape of the labels."""
+        return self.targets.view(self.shape)
+
     def row_targets(self) -> Tensor:
         """(N,) int64: the targets of the rows that have one."""
         return self.targets if self.rows is None else self.targets.index_select(0, self.rows)
+
+    def require_below(self, vocab_size: int) -> None:
+        """Refuse targets that do not lie below ``vocab_size``, where that is not known; see `check_label_range`."""
+        if self.vocab_size is None or self.vocab_size > vocab_size:
+            check_label_range(self.targets, self.targets == IGNORED, vocab_size)
+
+    def ints(self, values: Sequence[int]) -> Tensor:
+        """``values`` as int32 beside the targets; taken there once. Nothing waits for the device."""
+        key = tuple(values)
+        if key not in self._on_device:
+            tensor = torch.tensor(key, dtype=torch.int32, device="cpu")
+            tensor = tensor.pin_memory() if self.targets.is_cuda else tensor
+            self._on_device[key] = tensor.to(self.targets.device, non_blocking=True)
+        return self._on_device[key]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenLayout:
+        """The same on another device."""
+        device = torch.device(device)
+        if device == self.targets.device:
+            return self
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenLayout:
+        """The same in page-locked memory, from which a copy to a GPU waits for nothing."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> TokenLayout:
+        return replace(
+            self,
+            targets=move(self.targets),
+            rows=None if self.rows is None else move(self.rows),
+            cu_seqlens=None if self.cu_seqlens is None else move(self.cu_seqlens),
+            _on_device={},
+        )
 
 
 def shift_labels(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -57,36 +104,44 @@ def resolve_layout(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     *,
-    vocab_size: int,
+    vocab_size: int | None,
     shift: bool,
     ignore_index: int,
+    lengths: Sequence[int] | None = None,
 ) -> TokenLayout:
-    """Find the rows that carry a label. One copy to the host on a GPU, none on the CPU.
+    """Find the rows that carry a label. One copy to the host on a GPU, none on the CPU or with ``lengths``.
 
     ``labels``: (S, T) or (N_all,) int64; a 1-dimensional tensor without ``cu_seqlens`` is one sequence.
+    ``lengths``: labelled rows of every sequence, where they are known. ``vocab_size`` None: not known yet.
 
-    Raises ValueError for boundaries that do not run from 0 to N_all without decreasing and, on the CPU, for a
-    label outside [0, vocab_size) that is not ``ignore_index``; on a GPU that is an asynchronous assertion.
+    Raises ValueError for boundaries that do not run from 0 to N_all without decreasing, for lengths that are not
+    those of the labels and, on the CPU, for a label outside [0, vocab_size) that is not ``ignore_index``; on a GPU
+    these are asynchronous assertions.
     """
     targets = shift_labels(labels, cu_seqlens, ignore_index) if shift else labels
     ignored = targets == ignore_index
     check_label_range(targets, ignored, vocab_size)
     targets = targets.masked_fill(ignored, IGNORED).flatten()
     has_target = ignored.logical_not()
-    if cu_seqlens is None:
-        counts = has_target.sum(-1).reshape(-1).tolist()
+    if lengths is None:
+        counts = _counts(has_target, cu_seqlens)
     else:
-        counts = _packed_counts(has_target, cu_seqlens)
+        counts = list(lengths)
+        _check_lengths(counts, has_target, cu_seqlens)
     num_rows = sum(counts)
     all_rows = num_rows == targets.shape[0]
     # nonzero_static needs no second wait for the device: the count is known by now.
     rows = None if all_rows else torch.nonzero_static(has_target.flatten(), size=num_rows).flatten()
-    return TokenLayout(targets=targets, lengths=tuple(counts), rows=rows)
+    return TokenLayout(targets, tuple(counts), rows, tuple(labels.shape), cu_seqlens, vocab_size)
 
 
-def check_label_range(targets: Tensor, ignored: Tensor, vocab_size: int) -> None:
-    """Refuse labels outside [0, vocab_size): with value and position on the CPU, asynchronously on a GPU."""
-    bad = ((targets < 0) | (targets >= vocab_size)) & ignored.logical_not()
+def check_label_range(targets: Tensor, ignored: Tensor, vocab_size: int | None) -> None:
+    """Refuse labels outside [0, vocab_size): with value and position on the CPU, asynchronously on a GPU.
+
+    ``vocab_size`` None asks for labels of 0 and above.
+    """
+    bad = targets < 0 if vocab_size is None else (targets < 0) | (targets >= vocab_size)
+    bad = bad & ignored.logical_not()
     if targets.device.type != "cpu":
         torch._assert_async(
             bad.any().logical_not(), f"labels: a label lies outside [0, {vocab_size}) and is not ignore_index"
@@ -98,6 +153,35 @@ def check_label_range(targets: Tensor, ignored: Tensor, vocab_size: int) -> None
         raise ValueError(
             f"labels: expected ignore_index or a value in [0, {vocab_size}), got {value} at position {where}"
         )
+
+
+def _counts(has_target: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    if cu_seqlens is not None:
+        return _packed_counts(has_target, cu_seqlens)
+    counts: list[int] = has_target.sum(-1).reshape(-1).tolist()
+    return counts
+
+
+def _check_lengths(lengths: list[int], has_target: Tensor, cu_seqlens: Tensor | None) -> None:
+    sequences = has_target[..., 0].numel() if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if len(lengths) != sequences:
+        raise ValueError(f"lengths: expected one for each of {sequences} sequences, got {len(lengths)}")
+    if has_target.device.type == "cpu":
+        counts = _counts(has_target, cu_seqlens)
+        if lengths != counts:
+            s = next(i for i, (given, counted) in enumerate(zip(lengths, counts, strict=True)) if given != counted)
+            raise ValueError(
+                f"lengths: expected the labelled tokens of each sequence, got {lengths[s]} for sequence {s}, which "
+                f"has {counts[s]}"
+            )
+        return
+    if cu_seqlens is None:
+        counted = has_target.sum(-1).reshape(-1)
+    else:
+        cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
+        counted = cumulative[cu_seqlens.long().clamp(0, has_target.shape[0])].diff()
+    given = torch.tensor(lengths, device="cpu").pin_memory().to(counted.device, non_blocking=True)
+    torch._assert_async((counted == given).all(), "lengths: not the labelled tokens of each sequence")
 
 
 def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:

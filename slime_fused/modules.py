@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slime_fused.arguments import config_or_default
 from slime_fused.config import SlimeLossConfig
 from slime_fused.functional import linear_cross_entropy, slime_loss
+from slime_fused.layout import TokenLayout
 from slime_fused.output import SlimeOutput
 
 
@@ -32,7 +33,7 @@ class SlimeLoss(nn.Module):
         self,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
+        labels: Tensor | TokenLayout,
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -63,7 +64,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self,
         hidden: Tensor,
         weight: Tensor,
-        labels: Tensor,
+        labels: Tensor | TokenLayout,
         *,
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -182,6 +183,7 @@ class Plan:
         return "\n".join(lines)
 
 
+@lru_cache(maxsize=256)
 def make_plan(problem: Problem, workspace: int) -> Plan:
     """Choose the plan for ``problem`` whose chunks fit ``workspace`` bytes.
 

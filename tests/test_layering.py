@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "slime_fused.logits_loss",
         "slime_fused.terms",
         "slime_fused.explain",
+        "slime_fused.token_layout",
         "slime_fused.info",
         "slime_fused.reference",
     ),

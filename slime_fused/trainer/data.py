@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+import slime_fused
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.formats import parse_pair
 from slime_fused.trainer.tokenization import tokenize_pair, truncate_pair
@@ -129,11 +129,14 @@ class PreferenceCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    has_layout: bool = True
+    """Whether batches hold their `TokenLayout` too. Processes that cut up each other's batches cannot cut that."""
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels``: (2P, T) int64, padded on the right.
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask``, ``labels``: (2P, T) int64, padded on the right; and ``layout``.
 
-        ``labels`` repeats the ids of the response and is -100 on the prompt and the padding.
+        ``labels`` repeats the ids of the response and is -100 on the prompt and the padding. ``layout`` is made
+        here, where the labels are on the host, so that the loss need not wait for the device.
         """
         sequences = [
             (row[f"{kind}_ids"], row[f"{kind}_prompt_length"]) for kind in ("chosen", "rejected") for row in rows
@@ -141,12 +144,13 @@ class PreferenceCollator:
         length = max(len(ids) for ids, _ in sequences)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long)
+        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         for n, (ids, prompt_length) in enumerate(sequences):
-            tokens = torch.as_tensor(ids, dtype=torch.long)
+            tokens = torch.as_tensor(ids, dtype=torch.long, device="cpu")
             input_ids[n, : len(ids)] = tokens
             attention_mask[n, : len(ids)] = 1
             labels[n, prompt_length : len(ids)] = tokens[prompt_length:]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {**batch, "layout": slime_fused.token_layout(labels, shift=True)} if self.has_layout else batch

@@ -21,6 +21,8 @@ class FusedLoss:
 
     labels: Tensor
     """(2P, T): -100 on prompt and padding; position t of the hidden states predicts ``labels[:, t + 1]``."""
+    layout: slime_fused.TokenLayout | None
+    """That of the labels, where the collator has made it."""
     config: SlimeLossConfig
     transform: LogitTransform
     backend: str
@@ -31,10 +33,10 @@ class FusedLoss:
         output = slime_fused.slime_loss(
             hidden[:, -self.labels.shape[1] :],
             weight,
-            self.labels,
+            self.labels if self.layout is None else self.layout.to(hidden.device),
             bias=bias,
             config=self.config,
-            shift=True,
+            shift=self.layout is None,
             logit_scale=self.transform.scale,
             logit_softcap=self.transform.softcap,
             backend=self.backend,

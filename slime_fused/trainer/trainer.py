@@ -119,7 +119,14 @@ class SlimeTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset, "eval")
         if data_collator is None:
-            data_collator = PreferenceCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+            # Of a stream the main process reads every batch and gives each process its rows of the tensors.
+            evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            is_cut_up = bool(getattr(args.accelerator_config, "dispatch_batches", False)) or any(
+                isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)
+            )
+            data_collator = PreferenceCollator(
+                processing_class.pad_token_id, args.pad_to_multiple_of, has_layout=not is_cut_up
+            )
         super().__init__(
             model=loaded,
             args=args,
@@ -187,9 +194,9 @@ class SlimeTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any], config: Any) -> dict[str, Tensor]:
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, layout = inputs.pop("labels"), inputs.pop("layout", None)
         if self.args.loss_impl == "fused":
-            call = FusedLoss(labels, config, self.transform, self.args.backend, self.args.workspace_limit())
+            call = FusedLoss(labels, layout, config, self.transform, self.args.backend, self.args.workspace_limit())
             exact: dict[str, Tensor] = {}
 
             def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -175,3 +175,10 @@ def test_a_batch_is_chosen_then_rejected_padded_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     n = -100
     assert batch["labels"].tolist() == [[n, 2, 3, n], [n, 6, n, n], [n, 4, n, n], [n, n, 8, n]]
+    assert batch["layout"].lengths == (2, 1, 1, 1)
+    assert batch["layout"].labels.tolist() == [[2, 3, -1, -1], [6, -1, -1, -1], [4, -1, -1, -1], [-1, 8, -1, -1]]
+
+
+def test_a_batch_that_processes_cut_up_holds_tensors_alone():
+    rows = [{"chosen_ids": [1, 2], "chosen_prompt_length": 1, "rejected_ids": [1, 4], "rejected_prompt_length": 1}]
+    assert set(PreferenceCollator(0, has_layout=False)(rows)) == {"input_ids", "attention_mask", "labels"}
