@@ -1,4 +1,4 @@
-"""A layout made once per batch: the same bits as labels, no wait for the device, little before the first product."""
+"""A layout made once per batch: the bits of labels, no wait for the device, little before the first product."""
 
 from __future__ import annotations
 
