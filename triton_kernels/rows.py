@@ -33,8 +33,8 @@ from .numerics import NEG_INF, exp, finite_shift, head_logit, head_logit_and_slo
 
 @triton.jit
 def load_raw(row, bias, cols, V, HAS_BIAS: tl.constexpr):
-    """raw + bias of one block of columns in float32; -inf past the end of the row."""
-    raw = tl.load(row + cols, mask=cols < V, other=NEG_INF).to(tl.float32)
+    """raw + bias of one block of columns in float32; 0 past the end of the row."""
+    raw = tl.load(row + cols, mask=cols < V, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)
     return raw
@@ -71,8 +71,7 @@ def row_statistics(
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         z = head_logit(load_raw(row, bias, cols, V, HAS_BIAS), scale, softcap, HAS_SOFTCAP)
-        if HAS_SOFTCAP:
-            z = tl.where(cols < V, z, NEG_INF)  # the cap turned the tail's -inf into -softcap
+        z = tl.where(cols < V, z, NEG_INF)  # after the transform: a scale of 0 makes -inf NaN, one below 0 +inf
         new_max = tl.maximum(row_max, tl.max(z, 0))
         shift = finite_shift(new_max)
         lane_sums = lane_sums * exp(row_max - shift) + exp(z - shift)
