@@ -1,6 +1,6 @@
-"""The problems of the row kernels that every backend is given: one for each feature, scale and size, in every dtype.
+"""The problems of the row kernels that every backend is given: each feature, scale and size, in every dtype.
 
-Why these suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off alignment with
+Why these suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off alignment in
 a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs from 0 over 1 to
 more rows than a small grid; each fused feature (bias, scale, soft cap, smoothing, z-loss, ignored rows) is on alone
 and all are on together. Scales below 0 turn the order of the logits round and a scale of 0 makes them all equal: a
