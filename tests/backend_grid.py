@@ -4,10 +4,7 @@ The truth is PyTorch's autograd in float64 on the same (already rounded) inputs.
 the error that plain PyTorch makes there in the same dtype (statistics in float32), plus one rounding of the output
 and a floor of a few float32 units: never a round number that happens to pass.
 
-Why these cases suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off
-alignment with a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs
-from 0 over 1 to more rows than a small grid; and each fused feature (bias, scale, soft cap, smoothing, z-loss,
-ignored rows) is on alone and all are on together.
+Which problems, and why these suffice: `tests.row_cases`.
 """
 
 from __future__ import annotations
@@ -19,62 +16,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, acc_dtype
+from tests.row_cases import DTYPES, NLL, PLAIN_HEAD, RowCase, TokenLoss, row_cases
 
-PLAIN_HEAD = HeadTransform()
-NLL = TokenLoss()
-
-
-@dataclass(frozen=True)
-class RowCase:
-    """One problem of the row kernels."""
-
-    name: str
-    rows: int = 5
-    vocab: int = 37
-    pitch: int = 0
-    """Elements between rows; 0: no padding."""
-    dtype: torch.dtype = torch.float32
-    has_bias: bool = False
-    head: HeadTransform = PLAIN_HEAD
-    token_loss: TokenLoss = NLL
-    ignored: tuple[int, ...] = ()
-    spread: float = 3.0
-    """Standard deviation of the logits."""
+__all__ = ["DTYPES", "NLL", "PLAIN_HEAD", "RowCase", "TokenLoss", "row_cases"]
 
 
-FEATURES = (
-    RowCase("plain"),
-    RowCase("bias", has_bias=True),
-    RowCase("scale", head=HeadTransform(scale=0.25)),
-    RowCase("softcap", head=HeadTransform(softcap=5.0)),
-    RowCase("scale_softcap_bias", has_bias=True, head=HeadTransform(scale=2.0, softcap=10.0)),
-    RowCase("smoothing", token_loss=TokenLoss(label_smoothing=0.1)),
-    RowCase("z_loss", token_loss=TokenLoss(z_loss=0.01)),
-    RowCase(
-        "all",
-        has_bias=True,
-        head=HeadTransform(scale=0.5, softcap=8.0),
-        token_loss=TokenLoss(0.2, 0.02),
-        ignored=(0, 3),
-    ),
-    RowCase("ignored", ignored=(1, 4)),
-    RowCase("likely_labels", spread=12.0),
-)
-SIZES = (
-    RowCase("no_rows", rows=0),
-    RowCase("one_column", vocab=1),
-    RowCase("two_columns", vocab=2, rows=3),
-    RowCase("unaligned_rows", vocab=1000, pitch=1003, rows=7),
-    RowCase("aligned", vocab=4096, rows=3),
-    RowCase("many_rows", vocab=64, rows=300),
-)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def row_cases(dtypes: tuple[torch.dtype, ...] = DTYPES) -> list[RowCase]:
-    """Every feature and every size, in every dtype."""
-    return [replace(c, dtype=d, name=f"{c.name}-{str(d)[6:]}") for d in dtypes for c in (*FEATURES, *SIZES)]
+def expected_rows(
+    raw: Tensor, bias: Tensor | None, labels: Tensor, head: HeadTransform, token_loss: TokenLoss
+) -> dict[str, Tensor]:
+    """Residual, lse, logp and loss of (M, V) products by autograd in their dtype."""
+    raw = raw.detach().requires_grad_()
+    z = raw if bias is None else raw + bias
+    z = z * head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    keep = labels >= 0
+    lse = torch.logsumexp(z, 1)
+    # Not z - lse: the rounding of lse would be as large as what a float64 backend may err.
+    logp = torch.log_softmax(z, 1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    eps = token_loss.label_smoothing
+    loss = -(1 - eps) * logp
+    if eps or token_loss.z_loss:
+        loss = loss + eps * (lse - z.mean(1)) + token_loss.z_loss * lse**2
+    (loss * keep).sum().backward()
+    assert raw.grad is not None
+    return {
+        "residual": raw.grad,
+        "lse": (lse * keep).detach(),
+        "logp": (logp * keep).detach(),
+        "loss": (loss * keep).detach(),
+    }
 
 
 @dataclass
@@ -108,27 +80,10 @@ class RowData:
 
     def expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Residual, lse, logp and loss by autograd in ``dtype``, on the CPU."""
-        c = self.case
-        raw = self.raw.cpu().to(dtype).detach().requires_grad_()
-        z = raw if self.bias is None else raw + self.bias.cpu().to(dtype)
-        z = z * c.head.scale
-        if c.head.softcap is not None:
-            z = c.head.softcap * torch.tanh(z / c.head.softcap)
-        labels = self.labels.cpu()
-        keep = labels >= 0
-        lse = torch.logsumexp(z, 1)
-        # Not z - lse: the rounding of lse would be as large as what a float64 backend may err.
-        logp = torch.log_softmax(z, 1).gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-        eps = c.token_loss.label_smoothing
-        loss = -(1 - eps) * logp + eps * (lse - z.mean(1)) + c.token_loss.z_loss * lse**2
-        (loss * keep).sum().backward()
-        assert raw.grad is not None
-        return {
-            "residual": raw.grad,
-            "lse": (lse * keep).detach(),
-            "logp": (logp * keep).detach(),
-            "loss": (loss * keep).detach(),
-        }
+        bias = None if self.bias is None else self.bias.cpu().to(dtype)
+        return expected_rows(
+            self.raw.cpu().to(dtype), bias, self.labels.cpu(), self.case.head, self.case.token_loss
+        )
 
     def check(self, name: str, got: Tensor, scale: Tensor | None = None) -> None:
         """Assert that ``got`` is as near to the truth as plain PyTorch is, plus a rounding and a floor."""
@@ -272,6 +227,41 @@ def check_extreme_logits(backend: Backend, dtype: torch.dtype, device: torch.dev
     )
     assert_as_exact(again[finite], truth[finite], truth[finite], "residual from statistics")
     assert again[5].isnan().all()
+
+
+SCALES_AT_THE_EDGE = ((0.0, 1.0), (-0.7, 1.0), (4.0, 1.0), (-1e5, 1 / 64))
+"""(scale, what the logits are multiplied by before it): the last one's gradients are beyond float16."""
+
+
+def check_extreme_scales(backend: Backend, dtype: torch.dtype, device: torch.device, softcap: float | None) -> None:
+    """Numbers and NaN as plain PyTorch gives them where a scale meets -inf or the ends of float16.
+
+    -inf times 0 is NaN and times a negative scale +inf, and with either a row has no probabilities, unless a soft
+    cap bounds the +inf. Logits are scaled in float32, where no product of float16 overflows; a gradient may.
+    """
+    rows = [
+        [0.0, 1.0, -torch.inf, 2.0],
+        [65504.0, -65504.0, 0.0, 1.0],
+        [65504.0, 65440.0, 0.0, -65504.0],
+        [0.0] * 4,
+    ]
+    labels = torch.tensor([3, 0, 1, 2])
+    for scale, shrink in SCALES_AT_THE_EDGE:
+        raw = torch.tensor(rows).mul(shrink).to(dtype)
+        head, acc = HeadTransform(scale=scale, softcap=softcap), acc_dtype(dtype)
+        truth, plain = (expected_rows(raw.to(wide), None, labels, head, NLL) for wide in (torch.float64, acc))
+        row_max, row_sum, logp, loss = torch.full((4, len(rows)), torch.nan, dtype=acc, device=device).unbind()
+        here = (raw.to(device), labels.to(device), None, head)
+        out = [torch.full_like(here[0], torch.nan) for _ in range(2)]
+        stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
+        backend.softmax_residual(here[0], out[0], *here[1:], NLL, **stats, loss=loss)
+        backend.residual_from_stats(
+            here[0], out[1], *here[1:], NLL, col_offset=0, vocab_size=4, **stats, row_scale=None
+        )
+        for name, got in (("residual", out[0]), ("residual", out[1]), ("logp", logp), ("loss", loss)):
+            fits = truth[name].to(got.dtype).isfinite() | truth[name].isnan()
+            beyond = truth[name].masked_fill(~fits, torch.inf).copysign(truth[name])
+            assert_as_exact(got, beyond, plain[name], f"{name} at scale {scale}")
 
 
 def check_target_does_not_cancel(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:

@@ -65,8 +65,8 @@ POINTERS = {
 }  # fmt: skip
 INTEGERS = ("logits_stride", "out_stride", "hidden_stride", "weight_stride", "M", "V", "D", "T", "col_offset",
             "vocab_size", "pairs", "numel")  # fmt: skip
-FEATURES = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_EXTRAS", "HAS_LOSS", "HAS_LOGIT_SUM", "MERGE", "HAS_ROW_SCALE",
-            "HAS_GRADIENT", "MEAN")  # fmt: skip
+FEATURES = ("HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_EXTRAS", "HAS_LOSS", "HAS_LOGIT_SUM", "MERGE",
+            "HAS_ROW_SCALE", "HAS_GRADIENT", "MEAN")  # fmt: skip
 
 
 def make_target(arch):
@@ -97,7 +97,11 @@ def compile_kernel(kernel, arch, dtype, constants, num_warps, num_stages, checke
         if signature[name].startswith("*") or name in ("logits_stride", "out_stride", "V", "D"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in fixed.items()}
-    options = {"num_warps": num_warps, "num_stages": num_stages, **(configs.CHECKED_LAUNCH if checked else {})}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        **(configs.CHECKED_LAUNCH if checked else configs.LAUNCH),
+    }
     source = ASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=make_target(arch), options=options)
 
@@ -122,16 +126,19 @@ def assert_fits(compiled, arch, num_warps, max_stack=MAX_STACK):
     assert stack <= (0 if isinstance(arch, str) else max_stack)
 
 
-def row_kernels():
-    row, stream, segment, scale = (
-        configs.ROW_CONFIG,
-        configs.STREAM_CONFIG,
-        configs.SEGMENT_CONFIG,
-        configs.SCALE_CONFIG,
-    )
+def row_configs(family, itemsize):
+    """The distinct configurations of rows longer than a few KiB, whose threads take the same steps in less."""
+    lengths = (int(most) // itemsize + 1 for most, _ in configs.ROW_CONFIGS[:-1])
+    return list(dict.fromkeys(configs.row_config(family, length, itemsize) for length in lengths))
+
+
+def row_kernels(family):
+    stream, segment, scale = configs.STREAM_CONFIG, configs.SEGMENT_CONFIG, configs.SCALE_CONFIG
+    # Statistics alone take no more than with the residual: the widest program shows it.
+    shipped = row_configs(family, 4)
     return [
-        (rows.softmax_residual_kernel, row, True),
-        (rows.logits_stats_kernel, row, False),
+        *((rows.softmax_residual_kernel, row, True) for row in shipped),
+        (rows.logits_stats_kernel, shipped[-1], False),
         (rows.residual_from_stats_kernel, stream, True),
         (segments.segment_sum_kernel, segment, False),
         (segments.segment_sum_backward_kernel, segment, False),
@@ -143,7 +150,7 @@ def row_kernels():
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_row_and_segment_kernels_fit(arch):
     """With every feature on, which takes the most registers; float32 rows, which take the most per element."""
-    for kernel, config, checked in row_kernels():
+    for kernel, config, checked in row_kernels(configs.target_family(make_target(arch).backend, arch)):
         compiled = compile_kernel(kernel, arch, "fp32", (("BLOCK", config.block),), config.num_warps, 3, checked)
         assert_fits(compiled, arch, config.num_warps)
 
@@ -224,15 +231,68 @@ def test_the_gate_sees_too_much_shared_memory():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_labels_are_checked_on_the_device(arch):
     """Assertions survive in exactly the kernels that know the vocabulary's size."""
-    row, stream = configs.ROW_CONFIG, configs.STREAM_CONFIG
-    for kernel, config, checked in row_kernels()[:3]:
-        assert config in (row, stream)
+    for kernel, config, checked in row_kernels("sm90")[-7:-4]:
         compiled = compile_kernel(kernel, arch, "fp32", (("BLOCK", config.block),), config.num_warps, 3, checked)
         assert ("__assertfail" in compiled.asm["ptx"]) == checked
 
 
+def compile_plain_residual(config):
+    """`softmax_residual` as a plain bfloat16 head of an H100 launches it."""
+    off = {name: False for name in FEATURES if name in rows.softmax_residual_kernel.arg_names}
+    constants = tuple({**off, "BLOCK": config.block}.items())
+    return compile_kernel(rows.softmax_residual_kernel, 90, "bf16", constants, config.num_warps, 3, True)
+
+
+def loops_of(compiled):
+    """The instructions of each innermost loop, without those that a branch inside it skips."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            code.append(instruction[1])
+    jumps = {i: labels[m[1]] for i, line in enumerate(code) if (m := re.search(r"BRA.*(\.L_x_\d+)", line))}
+    loops = []
+    for end, begin in jumps.items():
+        if begin < end - 2:
+            skipped = {j for i in range(begin, end) for j in range(i + 1, min(jumps.get(i, 0), end))}
+            loops.append([code[i] for i in range(begin, end + 1) if i not in skipped])
+    return loops
+
+
+@pytest.mark.parametrize("config", row_configs("sm90", 2), ids=lambda c: f"{c.block}x{c.num_warps}")
+def test_row_loops_stay_short(config):
+    """Per element: 8.4 or less for the statistics and 8.3 for the residual, without a barrier; wide loads."""
+    compiled = compile_plain_residual(config)
+    statistics, residual = [loop for loop in loops_of(compiled) if any("MUFU.EX2" in line for line in loop)]
+    elements = config.block / (32 * config.num_warps)
+    assert not any("BAR" in line for line in statistics + residual)
+    assert len(statistics) <= 9 * elements
+    assert len(residual) <= 8.5 * elements
+    assert sum("LDG.E" in line and ".128" in line for line in statistics) == elements / 8
+    assert sum("STG.E" in line and ".128" in line for line in residual) == elements / 8
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_rows_between_their_visits_fit_in_l2(arch):
+    """Registers bound the programs of a multiprocessor, and a program holds half its row on average."""
+    l2_bytes = {80: 40 * 1024 * KIB / 108, 90: 50 * 1024 * KIB / 132}[arch]
+    for most, config in configs.ROW_CONFIGS[1:-1]:
+        compiled = compile_plain_residual(config)
+        registers = -(-register_use(compiled, 90)[0] // 8) * 8
+        threads = 32 * config.num_warps
+        programs = min(REGISTERS // (registers * threads), 2048 // threads)
+        assert programs * most / 2 <= 0.85 * l2_bytes
+    assert configs.ROW_CONFIGS[-1][1].num_warps == 32  # one program, as long as it needs more than 32 registers
+
+
 def test_loads_are_wide_where_rows_are_aligned():
-    config = configs.ROW_CONFIG
+    config = configs.row_config("sm90", 128256, 4)
     compiled = compile_kernel(
         rows.softmax_residual_kernel, 90, "fp32", (("BLOCK", config.block),), config.num_warps, 3, True
     )

@@ -38,6 +38,22 @@ CASES = {
         {},
     ),
     "logprobs_bfloat16": ("linear_logprobs", {}, "token", torch.bfloat16, ("weight",), {"ignore_index": 3}),
+    "negative_scale": (
+        "slime_loss",
+        {"logit_scale": -0.7},
+        "slime",
+        torch.float16,
+        ("hidden", "weight", "bias"),
+        {"has_bias": True},
+    ),
+    "zero_scale": (
+        "linear_cross_entropy",
+        {"logit_scale": 0.0, "label_smoothing": 0.1, "z_loss": 0.01},
+        "cross_entropy",
+        torch.bfloat16,
+        ("hidden", "weight"),
+        {},
+    ),
     "evaluation": ("slime_loss", {}, "slime", torch.bfloat16, (), {"has_bias": True}),
 }
 

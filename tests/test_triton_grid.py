@@ -42,6 +42,12 @@ def test_extreme_logits(dtype):
     grid.check_extreme_logits(BACKEND, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_scales(dtype, softcap):
+    grid.check_extreme_scales(BACKEND, dtype, DEVICE, softcap)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_target_does_not_cancel(dtype):
     grid.check_target_does_not_cancel(BACKEND, dtype, DEVICE)

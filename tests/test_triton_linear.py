@@ -94,6 +94,8 @@ def assert_stats_match(actual, exact, depth):
         (32, 64, 32, HeadTransform(), False),
         (41, 75, 40, HeadTransform(scale=0.25, softcap=3.0), True),
         (5, 33, 24, HeadTransform(), True),
+        (5, 33, 24, HeadTransform(scale=-0.7), True),
+        (41, 75, 40, HeadTransform(scale=0.0), True),
     ],
 )
 def test_statistics_of_a_product(dtype, uses_descriptors, rows, cols, depth, head, has_bias):

@@ -26,7 +26,7 @@ def test_both_packages_of_that_name_live_in_one_process(tmp_path):
                 "from tests.triton_support import import_kernels; import_kernels()",
                 *order,
                 "assert theirs.OWNER == 'another project'",
-                "assert ours.ROW_CONFIG.block and not hasattr(ours, 'OWNER')",
+                "assert ours.ROW_CONFIGS and not hasattr(ours, 'OWNER')",
             ]
         )
         path = os.pathsep.join([str(tmp_path), str(ROOT)])

@@ -7,12 +7,15 @@ proves that each compiles for every listed target without spilling and within th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+# A product fused with the addition after it rounds otherwise than the same product elsewhere (see `numerics`).
+# Triton 3.10 makes this its default.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
 # A label outside the vocabulary must trap. Triton drops assertions unless `debug` is set, and `debug` alone also
 # turns on an overflow check of every integer operation.
-CHECKED_LAUNCH: dict[str, Any] = {"debug": True, "sanitize_overflow": False}
+CHECKED_LAUNCH: dict[str, Any] = {**LAUNCH, "debug": True, "sanitize_overflow": False}
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,31 @@ class RowConfig:
         return min(self.block, max(128, 1 << (cols - 1).bit_length()))
 
 
-# Two visits per row: wide blocks, because each costs one reduction over the program. 16 elements a lane.
-# H100: not yet measured.
-ROW_CONFIG = RowConfig(block=8192, num_warps=16)
+# (rows of at most this many bytes, configuration of the kernels with one program per row). Not yet measured; why:
+# `softmax_residual` reads a row twice, and the second time it should come from L2. An H100 has 50 MiB of it for 132
+# multiprocessors, 397 KB each. A program holds half its row on average, since the second visit lets go of what it
+# reads. At 80 % of L2, programs per multiprocessor times the bytes of a row must then stay below 635 KB: four
+# programs up to 155 KiB (V = 79360 in 16 bits), two up to 310 KiB (V = 158720), one beyond. More than one hides the
+# others' starts, ends and reductions. Registers keep their number: 65536 / (threads x registers per thread).
+# A step is 2 or 4 vectors of 16 bytes a thread: 32 KiB in flight per multiprocessor, and 18 KB cover 700 ns at
+# 3.35 TB/s. Blocks are in 16-bit elements; float32 takes half as many, or 32 warps would spill.
+ROW_CONFIGS: tuple[tuple[float, RowConfig], ...] = (
+    (16 * 1024, RowConfig(block=4096, num_warps=4)),
+    (155 * 1024, RowConfig(block=8192, num_warps=8)),
+    (310 * 1024, RowConfig(block=8192, num_warps=16)),
+    (float("inf"), RowConfig(block=16384, num_warps=32)),
+)
+# A program of an AMD GPU has at most 1024 threads, and a wave 64.
+HIP_ROW_CONFIG = RowConfig(block=8192, num_warps=16)
+
+
+def row_config(family: str, cols: int, itemsize: int) -> RowConfig:
+    """The configuration of the kernels with one program per row, of `cols` elements of `itemsize` bytes."""
+    config = next(config for most, config in ROW_CONFIGS if cols * itemsize <= most)
+    if family == "hip":
+        config = min(config, HIP_ROW_CONFIG, key=lambda c: c.num_warps)
+    return replace(config, block=config.block * 2 // max(itemsize, 2))
+
 
 # One visit, no reduction: enough bytes in flight at any occupancy. H100: not yet measured.
 STREAM_CONFIG = RowConfig(block=4096, num_warps=8)

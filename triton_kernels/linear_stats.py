@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import MERGE_ROWS, MERGE_TILES, LinearConfig, linear_config
+from .configs import LAUNCH, MERGE_ROWS, MERGE_TILES, LinearConfig, linear_config
 from .numerics import NEG_INF, exp, finite_shift, head_logit
 
 
@@ -98,6 +98,7 @@ def linear_stats_kernel(
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -138,7 +139,7 @@ def linear_stats_kernel(
     raw = raw.to(hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    z = head_logit(raw, scale, softcap, HAS_SOFTCAP)
+    z = head_logit(raw, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     out_offset = tile_n.to(tl.int64) * M + rows
     if HAS_LOGIT_SUM:
         # Here, not below with the others: fewest registers are alive.
@@ -262,6 +263,7 @@ def linear_stats(
         scale,
         softcap or 0.0,
         HAS_BIAS=bias is not None,
+        HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_LOGIT_SUM=has_logit_sum,
         DESCRIPTORS=config.uses_descriptors,
@@ -272,6 +274,7 @@ def linear_stats(
         GROUP_M=config.group_m,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **LAUNCH,
     )
     merge_partials_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
         partial_max,
@@ -286,4 +289,5 @@ def linear_stats(
         BLOCK_M=MERGE_ROWS,
         BLOCK_T=MERGE_TILES,
         num_warps=4,
+        **LAUNCH,
     )

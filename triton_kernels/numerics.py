@@ -5,6 +5,10 @@
     dz/draw = scale * (1 - tanh(y / softcap)^2)
     d(token loss)/dz_v = (1 - eps) * (p_v - [v = label]) + eps * (p_v - 1/V) + 2 * z_loss * lse * p_v
 
+Launched without fusion (`configs.LAUNCH`): were `raw * scale` fused with the subtraction of a maximum, it would not
+be the product whose maximum was taken (at z = 5e4, a probability of 1 would come out as 0.998). Where one
+instruction is wanted, `tl.fma` says so.
+
 Everything is float32. Only `tl` operations are used (no libdevice), so the same source compiles for NVIDIA and AMD
 and runs in Triton's interpreter. Exponentials are base 2, the only one the hardware has.
 
@@ -77,16 +81,21 @@ def softcap_tanh(x):
     t = exp(-2.0 * tl.abs(x))
     quotient = (1.0 - t) / (1.0 + t)
     x2 = x * x
-    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+    series = tl.fma(x2, 62.0 / 2835, -17.0 / 315)
+    series = tl.fma(x2, series, 2.0 / 15)
+    series = tl.fma(x2, series, -1.0 / 3)
+    series = tl.fma(x2 * x, series, x)
     # (1 - t) cancels for small x: below 1/4 the series is exact to 1e-8.
     value = tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -quotient, quotient))
     return value, 4.0 * t / ((1.0 + t) * (1.0 + t))
 
 
 @triton.jit
-def head_logit(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def head_logit(raw, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z of a raw product with its bias already added."""
-    z = raw * scale
+    z = raw
+    if HAS_SCALE:
+        z = raw * scale
     if HAS_SOFTCAP:
         tanh, _ = softcap_tanh(z / softcap)
         z = softcap * tanh
@@ -94,14 +103,15 @@ def head_logit(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """z and dz/draw of a raw product with its bias already added."""
-    z = raw * scale
-    slope = tl.zeros_like(z) + scale
+def head_logit_and_slope(raw, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of a raw product with its bias already added, and dz/draw divided by the scale."""
+    z = raw
+    slope = 1.0
+    if HAS_SCALE:
+        z = raw * scale
     if HAS_SOFTCAP:
-        tanh, tanh_slope = softcap_tanh(z / softcap)
+        tanh, slope = softcap_tanh(z / softcap)
         z = softcap * tanh
-        slope = slope * tanh_slope
     return z, slope
 
 
@@ -120,13 +130,10 @@ def merge_softmax(max_a, sum_a, max_b, sum_b):
 
 
 @triton.jit
-def token_residual(log_p, slope, is_label, lse, logp, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS: tl.constexpr):
-    """d(token loss)/d(raw logit) of one block, of which `log_p` = z - lse.
-
-    The label's p - 1 comes from expm1(logp): subtracting 1 from a rounded p loses everything for a likely token.
-    """
-    p = exp(log_p)
-    residual = tl.where(is_label, expm1(logp), p)
+def label_entry(logp, lse, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS: tl.constexpr):
+    """d(token loss)/dz of the label: p - 1 as expm1(logp), for a rounded p - 1 loses all of a likely token."""
+    entry = expm1(logp)
     if HAS_EXTRAS:
-        residual = (1.0 - label_smoothing) * residual + label_smoothing * (p - inv_vocab) + 2.0 * z_loss * lse * p
-    return residual * slope
+        p = exp(logp)
+        entry = (1.0 - label_smoothing) * entry + label_smoothing * (p - inv_vocab) + 2.0 * z_loss * lse * p
+    return entry

@@ -2,7 +2,7 @@
 """Row kernels: softmax statistics and the residual of one row of logits at a time.
 
     row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   lse = row_max + log row_sum,   logp = z_label - lse
-    residual_v = d(token loss)/d(raw logit_v)      (`numerics.token_residual`; softmax - onehot in the plain case)
+    residual_v = d(token loss)/d(raw logit_v)      (softmax - onehot in the plain case)
 
 | tensor | shape | dtype | |
 |---|---|---|---|
@@ -13,7 +13,8 @@
 | row_max, row_sum, logp, loss, label_logit, logit_sum, row_scale | [M] | f32 | |
 
 Accumulation: float32. Bytes moved for M x V logits of b bytes: `softmax_residual` 2 b M V from memory while a row
-stays in L2 between its two visits (3 b M V otherwise), `logits_stats` b M V, `residual_from_stats` 2 b M V.
+stays in L2 between its two visits (3 b M V otherwise; `configs.ROW_CONFIGS` has the arithmetic), `logits_stats`
+b M V, `residual_from_stats` 2 b M V.
 
 Limits: rows whose pitch is not a multiple of 16 elements are read element by element (correct, several times
 slower): give the logits buffer such a pitch. Deterministic: one program owns a row, no atomics.
@@ -27,59 +28,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .configs import CHECKED_LAUNCH, ROW_CONFIG, STREAM_CONFIG, RowConfig
-from .numerics import NEG_INF, exp, finite_shift, head_logit, head_logit_and_slope, merge_softmax, token_residual
-
-
-@triton.jit
-def load_raw(row, bias, cols, V, HAS_BIAS: tl.constexpr):
-    """raw + bias of one block of columns in float32; -inf past the end of the row."""
-    raw = tl.load(row + cols, mask=cols < V, other=NEG_INF).to(tl.float32)
-    if HAS_BIAS:
-        raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)
-    return raw
-
-
-@triton.jit
-def load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of one column; unspecified where `is_here` is false (nothing is read then)."""
-    raw = tl.load(row + column, mask=is_here, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        raw += tl.load(bias + column, mask=is_here, other=0.0).to(tl.float32)
-    return head_logit(raw, scale, softcap, HAS_SOFTCAP)
-
-
-@triton.jit
-def row_statistics(
-    row,
-    bias,
-    V,
-    scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WANT_LOGIT_SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(max z, sum exp(z - max), sum z) of one row.
-
-    The sums stay one per lane until the end, so that a block of columns costs one reduction (its maximum), not two.
-    """
-    row_max = tl.full([], NEG_INF, tl.float32)
-    lane_sums = tl.zeros([BLOCK], tl.float32)
-    lane_logit_sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        z = head_logit(load_raw(row, bias, cols, V, HAS_BIAS), scale, softcap, HAS_SOFTCAP)
-        if HAS_SOFTCAP:
-            z = tl.where(cols < V, z, NEG_INF)  # the cap turned the tail's -inf into -softcap
-        new_max = tl.maximum(row_max, tl.max(z, 0))
-        shift = finite_shift(new_max)
-        lane_sums = lane_sums * exp(row_max - shift) + exp(z - shift)
-        row_max = new_max
-        if WANT_LOGIT_SUM:
-            lane_logit_sums += tl.where(cols < V, z, 0.0)
-    return row_max, tl.sum(lane_sums, 0), tl.sum(lane_logit_sums, 0)
+from .configs import CHECKED_LAUNCH, LAUNCH, STREAM_CONFIG, RowConfig
+from .numerics import finite_shift, merge_softmax
+from .row_visits import load_label_logit, row_statistics, row_terms, write_residual
 
 
 @triton.jit
@@ -100,12 +51,17 @@ def softmax_residual_kernel(
     label_smoothing,
     z_loss,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_EXTRAS: tl.constexpr,
     HAS_LOSS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per row: statistics on the first visit, the residual on the second."""
+    """One program per row: statistics on the first visit, the residual on the second.
+
+    The second visit goes backwards and lets go of what it has read: what is in the cache of a row then shrinks as
+    fast as it grew, and where rows do not all fit, what was read last is what is still there.
+    """
     m = tl.program_id(0).to(tl.int64)
     row = logits + m * logits_stride
     out_row = out + m * out_stride
@@ -123,45 +79,51 @@ def softmax_residual_kernel(
     else:
         tl.device_assert(label < V, "label is outside [0, vocabulary)")
         # Read before the first visit: its reductions are the barriers that keep this ahead of the in-place writes.
-        label_logit = load_label_logit(row, bias, label, label < V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        row_max, row_sum, logit_sum = row_statistics(
-            row, bias, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_EXTRAS and HAS_LOSS, BLOCK
+        label_logit = load_label_logit(
+            row, bias, label, label < V, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
-        shift = finite_shift(row_max)
-        log_sum = tl.log(row_sum)
-        lse = shift + log_sum
-        # Never z - lse: lse was rounded, by as much as the logp of a likely token.
-        logp = (label_logit - shift) - log_sum
+        row_max, row_sum, logit_sum = row_statistics(
+            row,
+            bias,
+            V,
+            scale,
+            softcap,
+            HAS_BIAS,
+            HAS_SCALE,
+            HAS_SOFTCAP,
+            HAS_EXTRAS and HAS_LOSS,
+            BLOCK,
+            "evict_last",
+        )
+        logp = (label_logit - finite_shift(row_max)) - tl.log(row_sum)
         inv_vocab = 1.0 / V
-        column = label.to(tl.int32)
         tl.store(row_max_out + m, row_max)
         tl.store(row_sum_out + m, row_sum)
         tl.store(logp_out + m, logp)
         if HAS_LOSS:
             loss = -logp
             if HAS_EXTRAS:
+                lse = finite_shift(row_max) + tl.log(row_sum)
                 loss = (1.0 - label_smoothing) * loss + z_loss * lse * lse
                 # A -inf logit makes the mean -inf: it may count only where smoothing is on.
                 if label_smoothing != 0.0:
                     loss += label_smoothing * (lse - logit_sum * inv_vocab)
             tl.store(loss_out + m, loss)
 
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            raw = load_raw(row, bias, cols, V, HAS_BIAS)
-            z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
-            residual = token_residual(
-                (z - shift) - log_sum,
-                slope,
-                cols == column,
-                lse,
-                logp,
-                label_smoothing,
-                z_loss,
-                inv_vocab,
-                HAS_EXTRAS,
-            )
-            tl.store(out_row + cols, residual.to(out.dtype.element_ty), mask=cols < V)
+        terms = row_terms(row_max, row_sum, logp, scale, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS)
+        column = label.to(tl.int32)
+        HAS_GAIN: tl.constexpr = HAS_SCALE or HAS_EXTRAS
+        blocks = V // BLOCK
+        if blocks * BLOCK < V:
+            write_residual(
+                row, out_row, bias, blocks * BLOCK, V, column, terms, scale, softcap,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, True, "evict_first",
+            )  # fmt: skip
+        for i in range(0, blocks):
+            write_residual(
+                row, out_row, bias, (blocks - 1 - i) * BLOCK, V, column, terms, scale, softcap,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, False, "evict_first",
+            )  # fmt: skip
 
 
 @triton.jit
@@ -179,6 +141,7 @@ def logits_stats_kernel(
     scale,
     softcap,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
     MERGE: tl.constexpr,
@@ -190,10 +153,10 @@ def logits_stats_kernel(
     label = tl.load(labels + m)
     column = label - col_offset
     is_here = (label >= 0) & (column >= 0) & (column < V)
-    label_logit = load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    label_logit = load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     label_logit = tl.where(is_here, label_logit, 0.0)
     row_max, row_sum, logit_sum = row_statistics(
-        row, bias, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, HAS_LOGIT_SUM, BLOCK
+        row, bias, V, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_LOGIT_SUM, BLOCK, ""
     )
     if MERGE:
         row_max, row_sum = merge_softmax(tl.load(row_max_out + m), tl.load(row_sum_out + m), row_max, row_sum)
@@ -227,6 +190,7 @@ def residual_from_stats_kernel(
     label_smoothing,
     z_loss,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_EXTRAS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -235,33 +199,35 @@ def residual_from_stats_kernel(
     """One program per block of a row: the statistics are known, so blocks of a row need not meet."""
     blocks = tl.cdiv(V, BLOCK)
     m = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    out_block = out + m * out_stride + cols
+    start = (tl.program_id(0) % blocks) * BLOCK
+    row = logits + m * logits_stride
+    out_row = out + m * out_stride
     label = tl.load(labels + m)
 
     if label < 0:
-        tl.store(out_block, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(out_row + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
     else:
         tl.device_assert(label < vocab_size, "label is outside [0, vocabulary)")
-        raw = load_raw(logits + m * logits_stride, bias, cols, V, HAS_BIAS)
-        z, slope = head_logit_and_slope(raw, scale, softcap, HAS_SOFTCAP)
+        factor = scale
         if HAS_ROW_SCALE:
-            slope *= tl.load(row_scale + m)
-        # As softmax_residual forms it, so that both give the same bits.
-        shift = finite_shift(tl.load(row_max_in + m))
-        log_sum = tl.log(tl.load(row_sum_in + m))
-        residual = token_residual(
-            (z - shift) - log_sum,
-            slope,
-            cols == (label - col_offset).to(tl.int32),
-            shift + log_sum,
+            factor *= tl.load(row_scale + m)
+        # As softmax_residual forms them, so that both give the same bits.
+        terms = row_terms(
+            tl.load(row_max_in + m),
+            tl.load(row_sum_in + m),
             tl.load(logp_in + m),
+            factor,
             label_smoothing,
             z_loss,
             1.0 / vocab_size,
             HAS_EXTRAS,
         )
-        tl.store(out_block, residual.to(out.dtype.element_ty), mask=cols < V)
+        HAS_GAIN: tl.constexpr = HAS_SCALE or HAS_EXTRAS or HAS_ROW_SCALE
+        write_residual(
+            row, out_row, bias, start, V, (label - col_offset).to(tl.int32), terms, scale, softcap,
+            HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, True, "",
+        )  # fmt: skip
 
 
 def softmax_residual(
@@ -278,7 +244,7 @@ def softmax_residual(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
-    config: RowConfig = ROW_CONFIG,
+    config: RowConfig,
 ) -> None:
     """Launch `softmax_residual_kernel`; M > 0."""
     softmax_residual_kernel[(logits.shape[0],)](
@@ -298,6 +264,7 @@ def softmax_residual(
         label_smoothing,
         z_loss,
         HAS_BIAS=bias is not None,
+        HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
         HAS_LOSS=loss is not None,
@@ -320,7 +287,7 @@ def logits_stats(
     softcap: float | None,
     col_offset: int,
     merge: bool,
-    config: RowConfig = ROW_CONFIG,
+    config: RowConfig,
 ) -> None:
     """Launch `logits_stats_kernel`; M > 0."""
     logits_stats_kernel[(logits.shape[0],)](
@@ -337,11 +304,13 @@ def logits_stats(
         scale,
         softcap or 0.0,
         HAS_BIAS=bias is not None,
+        HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_LOGIT_SUM=logit_sum is not None,
         MERGE=merge,
         BLOCK=config.block_for(logits.shape[1]),
         num_warps=config.num_warps,
+        **LAUNCH,
     )
 
 
@@ -385,6 +354,7 @@ def residual_from_stats(
         label_smoothing,
         z_loss,
         HAS_BIAS=bias is not None,
+        HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
         HAS_ROW_SCALE=row_scale is not None,

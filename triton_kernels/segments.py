@@ -29,7 +29,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .configs import SCALE_CONFIG, SCALE_MAX_PROGRAMS, SEGMENT_CONFIG
+from .configs import LAUNCH, SCALE_CONFIG, SCALE_MAX_PROGRAMS, SEGMENT_CONFIG
 from .numerics import nonnegative_power, sigmoid, softplus
 
 
@@ -176,7 +176,7 @@ def segment_sum(
     """Launch `segment_sum_kernel`; S > 0."""
     config = SEGMENT_CONFIG
     segment_sum_kernel[(out.shape[0],)](
-        values, cu_seqlens, out, MEAN=mean, BLOCK=config.block, num_warps=config.num_warps
+        values, cu_seqlens, out, MEAN=mean, BLOCK=config.block, num_warps=config.num_warps, **LAUNCH
     )
 
 
@@ -190,7 +190,7 @@ def segment_sum_backward(
     """Launch `segment_sum_backward_kernel`; S > 0."""
     config = SEGMENT_CONFIG
     segment_sum_backward_kernel[(d_out.shape[0],)](
-        d_out, cu_seqlens, d_values, MEAN=mean, BLOCK=config.block, num_warps=config.num_warps
+        d_out, cu_seqlens, d_values, MEAN=mean, BLOCK=config.block, num_warps=config.num_warps, **LAUNCH
     )
 
 
@@ -214,6 +214,7 @@ def slime_terms(
         HAS_GRADIENT=d_logp is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,
+        **LAUNCH,
     )
 
 
@@ -225,4 +226,4 @@ def scale_(
     config = SCALE_CONFIG
     numel = tensor.numel()
     programs = min(triton.cdiv(numel, config.block), SCALE_MAX_PROGRAMS)
-    scale_kernel[(programs,)](tensor, factor, numel, BLOCK=config.block, num_warps=config.num_warps)
+    scale_kernel[(programs,)](tensor, factor, numel, BLOCK=config.block, num_warps=config.num_warps, **LAUNCH)

@@ -259,7 +259,8 @@ def main() -> None:
     begin = time.perf_counter()
     device, rate = torch.cuda.get_device_name(), copy_rate()
     print(f"{device}, torch {torch.__version__}, {reason}: copy {rate:.0f} GB/s (read + write)")
-    print(f"shipped: rows {short(configs.ROW_CONFIG)}; stream {short(configs.STREAM_CONFIG)}")
+    shipped = ", ".join(short(config) for _, config in configs.ROW_CONFIGS)
+    print(f"shipped, shorter rows first: {shipped}; stream {short(configs.STREAM_CONFIG)}")
 
     work: list[Callable[[], list[Result]]] = []
     if args.only != "rows":

@@ -55,11 +55,11 @@ struct HeadOp {
     Vec<Scalar> y = load<S>(row + v, count);
     if constexpr (kHead != Head::plain) {
       if (bias != nullptr) y += load<S>(bias + v, count);
-      y *= scale;
+      y = as_rounded(y * scale);
     }
     if constexpr (kHead != Head::capped) return {y, y};
     const Vec<Scalar> t = vec_tanh(y * inverse_cap);
-    return {t * cap, Scalar(1) - t * t};
+    return {as_rounded(t * cap), Scalar(1) - t * t};
   }
 
   const Elem* bias;  // [V]

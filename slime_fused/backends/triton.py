@@ -13,6 +13,7 @@ import importlib.util
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ def _target_family(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     family: str = _kernels("configs").target_family("hip" if torch.version.hip else "cuda", 10 * major + minor)
     return family
+
+
+def _row_config(logits: Tensor) -> Any:
+    """How the kernels with one program per row are launched for these rows."""
+    family = _target_family(logits.device)
+    return _kernels("configs").row_config(family, logits.shape[1], logits.element_size())
 
 
 def _check_labels_on_cpu(labels: Tensor, vocab_size: int) -> None:
@@ -110,6 +117,7 @@ class TritonBackend:
                 softcap=head.softcap,
                 label_smoothing=token_loss.label_smoothing,
                 z_loss=token_loss.z_loss,
+                config=_row_config(logits),
             )
 
     def logits_stats(
@@ -142,6 +150,7 @@ class TritonBackend:
                 softcap=head.softcap,
                 col_offset=col_offset,
                 merge=merge,
+                config=_row_config(logits),
             )
 
     def residual_from_stats(
