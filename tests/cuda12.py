@@ -16,7 +16,7 @@ from pathlib import Path
 
 LAUNCH = "(kernel)<<<(grid), (block), (smem_bytes), (stream)>>>(__VA_ARGS__)"
 HOST_HEADERS = (
-    *("cuda_runtime.h", "cuda_runtime_api.h", "algorithm", "cstdint", "cstdio"),
+    *("cuda_runtime.h", "cuda_runtime_api.h", "algorithm", "cstdint", "cstdio", "cstring"),
     *("mutex", "stdexcept", "string", "type_traits"),
 )
 HOST = """#pragma once

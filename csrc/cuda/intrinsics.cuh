@@ -37,7 +37,8 @@ __device__ inline uint4 load_once(const uint4* address) {
 #endif
 }
 
-// 16 bytes out. `streaming` marks the line as the first to leave L2.
+// 16 bytes out. `streaming` marks the line as the first to leave L2. Both are written as one instruction:
+// left to itself the compiler merges the plain store with a path for unaligned rows, and makes four of it.
 __device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
 #ifdef SF_CUDA_EMULATOR
   static_cast<void>(streaming);
@@ -49,7 +50,10 @@ __device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
                  : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
   } else {
-    *address = v;
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
   }
 #endif
 }
@@ -64,13 +68,18 @@ __device__ inline void forget(uint4& v) {
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory that passes through no register.
+// Starts a copy of 16 bytes from global to shared memory that passes through no register; both addresses
+// `kOffset` vectors on, which costs no instruction.
+template <int kOffset = 0>
 __device__ inline void copy_async_16(uint4* shared, const uint4* global) {
 #ifdef SF_CUDA_EMULATOR
-  *shared = *global;
+  shared[kOffset] = global[kOffset];
 #else
   const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(target), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;"
+               :
+               : "r"(target), "l"(global), "n"(kOffset * 16)
+               : "memory");
 #endif
 }
 
@@ -128,6 +137,16 @@ __device__ inline void cluster_arrive() {
   cuda_emulator::cluster_arrive(cuda_emulator::Site::current());
 #elif defined(SF_HAS_CLUSTERS)
   asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+#endif
+}
+
+// The first half where nothing was written that another block will read: without a fence, which waits for all
+// of a thread's memory traffic.
+__device__ inline void cluster_arrive_relaxed() {
+#if defined(SF_CUDA_EMULATOR)
+  cuda_emulator::cluster_arrive(cuda_emulator::Site::current());
+#elif defined(SF_HAS_CLUSTERS)
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
 #endif
 }
 

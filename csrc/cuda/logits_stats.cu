@@ -191,7 +191,12 @@ __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kerne
         logits_of<kHead>(loaded[j], span.head + i * E, a.head, x);
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
-        store_elements(out_vectors + static_cast<int64_t>(i) * E, x, aligned, false);
+        const uint4 packed = VecCodec<T>::pack(x);
+        if (aligned) {
+          store_16(reinterpret_cast<uint4*>(out_vectors) + i, packed, false);
+        } else {
+          store_elements(out_vectors + static_cast<int64_t>(i) * E, packed);
+        }
       }
     }
     const int edge = span.edge_of<E>(t);

@@ -24,6 +24,12 @@ inline constexpr int kRegisterVectors = 8;
 inline constexpr int kMaxSharedThreads = 512;
 inline constexpr int kMaxRegisterThreads = 1024;
 
+// 16-byte vectors of a row that one of the `cluster` blocks owns; whole lines of 128 bytes, so that no two
+// blocks write to one.
+constexpr int64_t block_vectors_of(int64_t row_vectors, int cluster) {
+  return ((row_vectors + cluster - 1) / cluster + 7) / 8 * 8;
+}
+
 // The plan for rows of `cols` elements of `elem_bytes` bytes; `capability` is 10 * major + minor.
 RowPlan choose_row_plan(int64_t cols, int elem_bytes, int capability);
 
