@@ -135,16 +135,26 @@ __device__ inline RowStats warp_merge(RowStats mine) {
   return all;
 }
 
-// Shared memory through which the warps of a row's blocks exchange their statistics:
+// Shared memory through which the warps of a row's blocks exchange their statistics: a barrier,
 // [cluster * warps] pairs (max, sum), then as many sums of logits, float32.
+inline constexpr int kExchangeHeader = 16;
 __host__ __device__ constexpr int stats_exchange_bytes(int cluster, int threads) {
-  return (3 * static_cast<int>(sizeof(float)) * cluster * (threads / 32) + 127) / 128 * 128;
+  const int entries = cluster * (threads / 32);
+  return (kExchangeHeader + 3 * static_cast<int>(sizeof(float)) * entries + 127) / 128 * 128;
 }
 
-// Says that this block's shared memory may be written, to the other blocks of its cluster. By every thread,
-// once, before merge_row.
-__device__ inline void begin_exchange(int cluster) {
-  if (cluster > 1) cluster_arrive_relaxed();
+// Tells the other blocks of the cluster that this one's shared memory may be written. By every thread, once,
+// before merge_row. Nothing was written that others will read, so there is no fence, which would wait for all
+// of a thread's memory traffic.
+template <bool kLogitSum>
+__device__ inline void begin_exchange(void* exchange, int cluster) {
+  if (cluster == 1) return;
+  if (threadIdx.x == 0) {
+    const int entries = cluster * (static_cast<int>(blockDim.x) >> 5);
+    transactions_begin(exchange, (kLogitSum ? 3 : 2) * static_cast<int>(sizeof(float)) * entries);
+  }
+  __syncwarp();  // the barrier takes whole warps
+  cluster_arrive();
 }
 
 // The statistics of the whole row, the same bits in every thread of every block of its cluster. Once per
@@ -155,7 +165,7 @@ __device__ inline RowStats merge_row(RowStats mine, void* exchange, int rank, in
   const int warp = static_cast<int>(threadIdx.x) >> 5;
   const int warps = static_cast<int>(blockDim.x) >> 5;
   const int n = cluster * warps;
-  auto* const pairs = static_cast<float2*>(exchange);
+  auto* const pairs = reinterpret_cast<float2*>(static_cast<unsigned char*>(exchange) + kExchangeHeader);
   auto* const logit_sums = reinterpret_cast<float*>(pairs + n);
 
   const RowStats of_warp = warp_merge<kLogitSum>(mine);
@@ -167,16 +177,14 @@ __device__ inline RowStats merge_row(RowStats mine, void* exchange, int rank, in
     }
     __syncthreads();
   } else {
-    __syncwarp();  // the barrier takes whole warps
+    // Lane r tells block r; the stores count on that block's barrier, so that no thread has to fence them.
+    __syncwarp();
     cluster_wait();
     if (lane < cluster) {
-      store_to_block(&pairs[slot].x, of_warp.max, lane);
-      store_to_block(&pairs[slot].y, of_warp.sum, lane);
-      if constexpr (kLogitSum) store_to_block(logit_sums + slot, of_warp.logit_sum, lane);
+      store_async(pairs + slot, make_float2(of_warp.max, of_warp.sum), lane, exchange);
+      if constexpr (kLogitSum) store_async(logit_sums + slot, of_warp.logit_sum, lane, exchange);
     }
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
+    transactions_wait(exchange);
   }
 
   // Every warp of every block merges the same entries in the same order.

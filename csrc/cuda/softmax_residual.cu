@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
     }
     return;
   }
-  begin_exchange(cluster);
+  begin_exchange<kLogitSum>(smem, cluster);
 
   int groups = 1;
   if constexpr (kRegisters) {
