@@ -11,6 +11,7 @@
 #pragma once
 
 #include "head_transform.cuh"
+#include "row_plan.h"
 
 namespace slime_fused::cuda {
 
@@ -135,14 +136,6 @@ __device__ inline RowStats warp_merge(RowStats mine) {
   return all;
 }
 
-// Shared memory through which the warps of a row's blocks exchange their statistics: a barrier,
-// [cluster * warps] pairs (max, sum), then as many sums of logits, float32.
-inline constexpr int kExchangeHeader = 16;
-__host__ __device__ constexpr int stats_exchange_bytes(int cluster, int threads) {
-  const int entries = cluster * (threads / 32);
-  return (kExchangeHeader + 3 * static_cast<int>(sizeof(float)) * entries + 127) / 128 * 128;
-}
-
 // Tells the other blocks of the cluster that this one's shared memory may be written. By every thread, once,
 // before merge_row. Nothing was written that others will read, so there is no fence, which would wait for all
 // of a thread's memory traffic.
@@ -158,7 +151,7 @@ __device__ inline void begin_exchange(void* exchange, int cluster) {
 }
 
 // The statistics of the whole row, the same bits in every thread of every block of its cluster. Once per
-// launch: `exchange` may not be written again without a barrier.
+// launch: `exchange` (stats_exchange_bytes of shared memory) may not be written again without a barrier.
 template <bool kLogitSum>
 __device__ inline RowStats merge_row(RowStats mine, void* exchange, int rank, int cluster) {
   const int lane = static_cast<int>(threadIdx.x) & 31;

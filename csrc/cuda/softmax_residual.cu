@@ -23,14 +23,10 @@
 
 #include "dispatch.cuh"
 #include "label_check.cuh"
+#include "row_slice.cuh"
 
 namespace slime_fused::cuda {
 namespace {
-
-// A warp takes 128 neighbouring vectors at a time, four to a lane, so that all but the first address of a
-// tile are offsets within the instructions.
-constexpr int kTile = 4;
-constexpr int kTileVectors = kTile * 32;
 
 template <class T>
 struct ResidualArgs {
@@ -45,6 +41,7 @@ struct ResidualArgs {
   int cols;
   int block_vectors;            // of a row that one block of its cluster owns
   int staged;                   // of these, how many wait in shared memory
+  int exchange_bytes;           // of shared memory, before them
   unsigned cluster_reciprocal;  // ceil(2^32 / cluster)
   bool streaming;
   HeadArgs<T> head;
@@ -57,48 +54,6 @@ inline constexpr int kMaxThreads = kRegisters ? kMaxRegisterThreads : kMaxShared
 // 64 registers a thread.
 template <bool kRegisters>
 inline constexpr int kMinBlocks = 1024 / kMaxThreads<kRegisters>;
-
-// The part of a row that one block owns: vectors [begin, begin + count); the first block has the edges too.
-struct Slice {
-  RowSpan span;
-  int begin, count;
-
-  template <class T>
-  __device__ static Slice of(const T* row, int cols, int rank, int block_vectors) {
-    const RowSpan span = RowSpan::of(row, cols);
-    const int begin = rank * block_vectors;
-    const int left = span.vectors - begin;
-    return {span, begin, left < 0 ? 0 : (left < block_vectors ? left : block_vectors)};
-  }
-
-  // The edge element of thread `tid` of block `rank`, or -1.
-  template <int E>
-  __device__ int edge_of(int tid, int rank) const {
-    return rank == 0 && span.has_edges() ? span.edge_of<E>(tid) : -1;
-  }
-
-  // Whether thread `tid` writes element `v` of the row, where the block's first `staged` vectors are one run
-  // of tiles and the rest another.
-  template <int E>
-  __device__ bool is_owner(int v, int tid, int threads, int rank, int staged) const {
-    if (v < span.head || v >= span.tail) return edge_of<E>(tid, rank) == v;
-    int i = static_cast<int>(static_cast<unsigned>(v - span.head) / E) - begin;
-    if (i < 0 || i >= count) return false;
-    if (i >= staged) i -= staged;
-    return ((i ^ tid) & 31) == 0 && (i / kTileVectors) % (threads / 32) == tid / 32;
-  }
-};
-
-// Zeroes the block's part of a row.
-template <class T>
-__device__ void zero_slice(T* row, int cols, int rank, int block_vectors) {
-  const Slice slice = Slice::of(row, cols, rank, block_vectors);
-  auto* const vectors = reinterpret_cast<uint4*>(row + slice.span.head) + slice.begin;
-  const int tid = static_cast<int>(threadIdx.x);
-  for (int i = tid; i < slice.count; i += static_cast<int>(blockDim.x)) vectors[i] = make_uint4(0, 0, 0, 0);
-  const int edge = slice.edge_of<kVecElems<T>>(tid, rank);
-  if (edge >= 0) row[edge] = from_float<T>(0.f);
-}
 
 template <class T, HeadMode kHead, bool kRegisters>
 __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters>)
@@ -113,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
   const int threads = static_cast<int>(blockDim.x);
   const int tid = static_cast<int>(threadIdx.x);
   const int lane = tid & 31;
-  uint4* const stage = reinterpret_cast<uint4*>(smem + stats_exchange_bytes(cluster, threads));
+  uint4* const stage = reinterpret_cast<uint4*>(smem + a.exchange_bytes);
 
   // %clusterid is formed from blockIdx in float32, which is exact for 2^24 blocks only.
   const unsigned cluster_index = cluster == 1 ? blockIdx.x : __umulhi(blockIdx.x, a.cluster_reciprocal);
@@ -335,8 +290,7 @@ void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_
   LaunchShape shape;
   shape.cluster = plan.cluster;
   shape.threads = plan.threads;
-  shape.smem_bytes =
-      stats_exchange_bytes(plan.cluster, plan.threads) + std::max(plan.pad_bytes, args.staged * 16);
+  shape.smem_bytes = args.exchange_bytes + std::max(plan.pad_bytes, args.staged * 16);
   for (int64_t first = 0; first < rows; first += rows_per_launch) {
     args.first_row = first;
     shape.blocks = std::min(rows - first, rows_per_launch) * plan.cluster;
@@ -357,7 +311,7 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
   check_block("softmax_residual", block, true);
   check_row_plan(plan);
   if (block.rows == 0) return;
-  if (plan.cluster > 1 && row_kernel_capability() < 90) {
+  if (plan.cluster > 1 && !has_clusters(row_kernel_capability())) {
     throw std::invalid_argument("row plan: cluster must be 1 for kernels compiled for capability " +
                                 std::to_string(row_kernel_capability()) + ", got " +
                                 std::to_string(plan.cluster));
@@ -390,6 +344,7 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
         static_cast<int>(block.cols),
         static_cast<int>(block_vectors),
         static_cast<int>(std::min(room, block_vectors)),
+        stats_exchange_bytes(plan.cluster, plan.threads),
         static_cast<unsigned>((int64_t{1} << 32) / plan.cluster + ((int64_t{1} << 32) % plan.cluster != 0)),
         plan.streaming,
         head_args<T>(head),
