@@ -37,7 +37,8 @@ def run(programs: dict[str, Path], mode: Mode, case: str, schedule: str = "fixed
 
 
 @pytest.mark.parametrize(
-    "case", ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16", "cluster_sum", "transaction_sum"]
+    "case",
+    ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16", "cluster_sum", "transaction_sum"],
 )
 def test_correct_kernels_pass_everywhere(programs, case):
     for schedule in ("fixed", "reversed", "random:0", "random:1", "random:2"):
