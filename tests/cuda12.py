@@ -16,8 +16,8 @@ from pathlib import Path
 
 LAUNCH = "(kernel)<<<(grid), (block), (smem_bytes), (stream)>>>(__VA_ARGS__)"
 HOST_HEADERS = (
-    *("cuda_runtime.h", "cuda_runtime_api.h", "algorithm", "cstdint", "cstdio"),
-    *("mutex", "stdexcept", "string", "type_traits"),
+    *("cuda_runtime.h", "cuda_runtime_api.h", "algorithm", "cstdint", "cstdio", "cstring"),
+    *("mutex", "stdexcept", "string", "type_traits", "vector"),
 )
 HOST = """#pragma once
 #define INFINITY __int_as_float(0x7f800000)
@@ -41,6 +41,7 @@ inline string to_string(long) { return ""; }
 struct invalid_argument { invalid_argument(const string&) {} };
 using runtime_error = invalid_argument;
 struct mutex {};
+template <class T> struct vector;
 template <class Mutex> struct lock_guard { lock_guard(Mutex&) {} };
 template <class T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
 template <class T> const T& max(const T& a, const T& b) { return a < b ? b : a; }

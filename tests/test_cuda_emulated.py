@@ -67,6 +67,39 @@ def test_stats_then_residual(backend, case, shards):
     grid.check_stats_then_residual(backend, case, CPU, shards)
 
 
+@pytest.mark.parametrize("plan", [{"threads": 64, "shared_vectors": 4}, {"cluster": 2, "threads": 32}])
+@pytest.mark.parametrize("scale", [-1.5, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_of_no_or_negative_sign(native, dtype, scale, plan):
+    """The largest raw product is then not the largest logit; with a tail, a partial tile and an odd pitch."""
+    native.set_schedule("fixed")
+    backend = emulated_backend(native, plan=native.cuda.RowPlan(**plan))
+    case = grid.RowCase("scale", rows=3, vocab=3001, pitch=3003, dtype=dtype, head=grid.HeadTransform(scale=scale))
+    grid.check_softmax_residual(backend, case, CPU)
+    grid.check_stats_then_residual(backend, case, CPU, 3)
+
+
+@pytest.mark.parametrize("plan", ["registers", "some_held_some_read_again", "cluster_of_2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_and_elsewhere_give_the_same_bits(native, dtype, plan):
+    """Also where the output is aligned otherwise than the logits, and where a row is ignored."""
+    native.set_schedule("fixed")
+    backend = emulated_backend(native, plan=make_plan(native, plan))
+    data = grid.RowData(grid.RowCase("bits", rows=4, vocab=3001, pitch=3008, dtype=dtype, ignored=(2,)), CPU)
+    results = []
+    shifted = torch.full((4, 3011), torch.nan, dtype=dtype)[:, 1:3002]
+    aligned, in_place = torch.full((2, 4, 3008), torch.nan, dtype=dtype)[:, :, :3001]
+    in_place.copy_(data.raw)
+    for logits, out in ((data.raw, aligned), (data.raw, shifted), (in_place, in_place)):
+        rows = data.empty_rows(4)
+        stats = {"row_max": rows[0], "row_sum": rows[1], "logp": rows[2], "loss": rows[3]}
+        backend.softmax_residual(logits, out, data.labels, None, grid.PLAIN_HEAD, grid.NLL, **stats)
+        results.append((out.clone(), torch.stack(rows)))
+    for out, stats in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(stats, results[0][1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(backend, dtype):
     grid.check_extreme_logits(backend, dtype, CPU)
@@ -126,14 +159,79 @@ PLAN_CASES = [
 ]
 
 
+def make_plan(native: Any, name: str) -> Any:
+    fields = dict(PLANS[name])
+    stage = native.cuda.RowStage.__members__[fields.pop("stage", "shared")]
+    return native.cuda.RowPlan(stage=stage, **fields)
+
+
 @pytest.mark.parametrize("case", PLAN_CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_of_the_row_kernel(native, plan, case):
-    fields = dict(PLANS[plan])
-    stage = native.cuda.RowStage.__members__[fields.pop("stage", "shared")]
     native.set_schedule("fixed")
-    backend = emulated_backend(native, plan=native.cuda.RowPlan(stage=stage, **fields))
+    backend = emulated_backend(native, plan=make_plan(native, plan))
     grid.check_softmax_residual(backend, case, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_candidate_to_measure_is_right(native, dtype):
+    plans = native.cuda.row_plan_candidates(20_003, dtype.itemsize, 90)
+    assert len({repr(plan) for plan in plans}) == len(plans) > 20
+    assert {plan.cluster for plan in plans} >= {1, 2, 4}
+    native.set_schedule("fixed")
+    case = grid.RowCase("candidates", rows=2, vocab=20_003, pitch=20_008, dtype=dtype)
+    for plan in plans:
+        grid.check_softmax_residual(emulated_backend(native, plan=plan), case, CPU)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("elem_bytes", [2, 4])
+def test_candidates_of_published_vocabularies(native, capability, elem_bytes):
+    """The chosen plan comes first, no plan asks a device for what it lacks, and a row has few enough threads."""
+    for cols in (1, 37, 32_000, 128_256, 151_936, 262_144):
+        plans = native.cuda.row_plan_candidates(cols, elem_bytes, capability)
+        chosen = native.cuda.choose_row_plan(cols, elem_bytes, capability)
+        assert repr(plans[0]) == repr(chosen)
+        assert all(plan.cluster == 1 or 90 <= capability < 120 for plan in plans)
+        assert chosen.cluster * chosen.threads <= max(128, cols * elem_bytes / 16 / 7)
+
+
+def test_chosen_plans_on_hopper(native):
+    """Three blocks share a multiprocessor's 228 KB, 1 KB of each the system's; a thread has about 16 vectors."""
+    for cols, cluster, threads in ((32_000, 1, 256), (128_256, 4, 256), (151_936, 4, 320), (262_144, 8, 256)):
+        plan = native.cuda.choose_row_plan(cols, 2, 90)
+        assert (plan.cluster, plan.threads) == (cluster, threads)
+        assert plan.cluster * plan.threads * plan.shared_vectors * 8 >= cols
+        assert 3 * (cols * 2 / cluster + 1024) < 228 * 1024
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"threads": 0}, "threads must be a positive multiple of 32, got 0"),
+        ({"threads": 48}, "threads must be a positive multiple of 32, got 48"),
+        ({"threads": 1024}, "threads must be at most 512"),
+        ({"cluster": 0}, "cluster must be between 1 and 16, got 0"),
+        ({"cluster": 17}, "cluster must be between 1 and 16, got 17"),
+        ({"shared_vectors": -1}, "shared_vectors must be small enough for 227 KB per block, got -1"),
+        ({"shared_vectors": 2**28}, "shared_vectors must be small enough"),  # 2^41 bytes
+        ({"shared_vectors": 28}, "shared_vectors must be small enough"),  # 224 KB of 227, plus the exchange
+        ({"pad_bytes": 2**31 - 1}, "pad_bytes must be small enough"),
+        ({"max_blocks": -1}, "max_blocks must be non-negative, got -1"),
+    ],
+)
+def test_plans_that_no_device_runs_are_refused(native, fields, message):
+    if fields == {"shared_vectors": 28}:
+        fields = {"shared_vectors": 28, "cluster": 16}
+    with pytest.raises(ValueError, match=message):
+        native.cuda.RowPlan(**fields)
+
+
+def test_a_plan_whose_registers_cannot_hold_the_row_is_refused(native):
+    plan = native.cuda.RowPlan(stage=native.cuda.RowStage.registers, threads=32)
+    case = grid.RowCase("long", rows=2, vocab=5000, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="stage registers must hold the 632 vectors of a block, got cluster=1"):
+        grid.check_softmax_residual(emulated_backend(native, plan=plan), case, CPU)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])

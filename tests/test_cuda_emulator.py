@@ -37,7 +37,8 @@ def run(programs: dict[str, Path], mode: Mode, case: str, schedule: str = "fixed
 
 
 @pytest.mark.parametrize(
-    "case", ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16", "cluster_sum"]
+    "case",
+    ["block_sum", "syncwarp", "atomic_count", "votes_and_shuffles", "bf16", "cluster_sum", "transaction_sum"],
 )
 def test_correct_kernels_pass_everywhere(programs, case):
     for schedule in ("fixed", "reversed", "random:0", "random:1", "random:2"):
@@ -67,6 +68,7 @@ def planted_lines(report: str, count: int) -> list[str]:
         ("shuffle_for_syncwarp", RIGHT, "out[threadIdx.x] = shared[threadIdx.x ^ 1] + zero;"),
         ("non_atomic_count", RIGHT, "*out += 1;"),
         ("cluster_read_before_barrier", WRONG, "for (int r = 0; r < size; ++r) total += sums[r];"),
+        ("transaction_read_before_wait", WRONG, "for (int r = 0; r < size; ++r) total += sums[r];"),
     ],
 )
 def test_races(programs, case, plain, line):
@@ -76,7 +78,7 @@ def test_races(programs, case, plain, line):
         status, output = run(programs, "tsan", case, schedule)
         assert status == REPORT_STATUS
         assert "data race" in output
-        assert line in planted_lines(output, 2)
+        assert line in planted_lines(output, 3)  # two accesses, one of them through a helper
 
 
 def test_missing_barrier_before_reuse_needs_a_warp_that_runs_ahead(programs):
@@ -150,6 +152,11 @@ def test_dynamic_shared_memory_begins_as_nan(programs, mode):
             r"arrives at a barrier of the cluster twice without waiting \(planted_cl",
         ),
         ("cluster_wait_without_arriving", r"waits for a barrier of the cluster without having arrived"),
+        ("transaction_no_wait", r"(the block ends and no thread has waited|block \d of the cluster has exited)"),
+        ("transaction_expects_more", r"deadlock: thread .* waits at a transaction barrier at planted_cl"),
+        ("transaction_expects_less", r"transaction barrier: block \d expects 12 bytes, and got 16"),
+        ("transaction_not_begun", r"transaction barrier: (that of block \d has not begun|waited for before)"),
+        ("transaction_begun_twice", r"transaction barrier: begun twice"),
         ("cluster_too_large", r"clusters of 9 blocks in a grid of 18: .* at most 8"),
         ("cluster_does_not_divide_grid", r"clusters of 2 blocks in a grid of 3"),
     ],

@@ -4,6 +4,7 @@
 // The caller (slime_fused/backends/cuda.py) has made `device` PyTorch's current device; cudaSetDevice here
 // tells the statically linked runtime of this module the same, which it keeps apart from PyTorch's own.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -79,7 +80,10 @@ void bind_row_plan(py::module_& module) {
       .def("__repr__", [](const RowPlan& p) {
         return "RowPlan(stage=" + std::string(p.stage == cuda::RowStage::shared ? "shared" : "registers") +
                ", cluster=" + std::to_string(p.cluster) + ", threads=" + std::to_string(p.threads) +
-               ", shared_vectors=" + std::to_string(p.shared_vectors) + ")";
+               ", shared_vectors=" + std::to_string(p.shared_vectors) +
+               (p.pad_bytes > 0 ? ", pad_bytes=" + std::to_string(p.pad_bytes) : "") +
+               (p.streaming ? ", streaming=True" : "") +
+               (p.max_blocks > 0 ? ", max_blocks=" + std::to_string(p.max_blocks) : "") + ")";
       });
   module.def(
       "row_kernel_capability",
@@ -93,6 +97,9 @@ void bind_row_plan(py::module_& module) {
   module.def(
       "choose_row_plan", &cuda::choose_row_plan, "cols"_a, "elem_bytes"_a, "capability"_a,
       "The plan that softmax_residual takes for rows of `cols` elements on a device of this capability.");
+  module.def(
+      "row_plan_candidates", &cuda::row_plan_candidates, "cols"_a, "elem_bytes"_a, "capability"_a,
+      "Plans worth measuring for such rows, the chosen one first; `softmax_residual` takes each as `plan`.");
 }
 
 void bind_rows(py::module_& module) {

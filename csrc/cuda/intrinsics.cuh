@@ -37,7 +37,8 @@ __device__ inline uint4 load_once(const uint4* address) {
 #endif
 }
 
-// 16 bytes out. `streaming` marks the line as the first to leave L2.
+// 16 bytes out. `streaming` marks the line as the first to leave L2. Both are written as one instruction:
+// left to itself the compiler merges the plain store with a path for unaligned rows, and makes four of it.
 __device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
 #ifdef SF_CUDA_EMULATOR
   static_cast<void>(streaming);
@@ -49,7 +50,10 @@ __device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
                  : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
   } else {
-    *address = v;
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
   }
 #endif
 }
@@ -64,13 +68,18 @@ __device__ inline void forget(uint4& v) {
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory that passes through no register.
+// Starts a copy of 16 bytes from global to shared memory that passes through no register; both addresses
+// `kOffset` vectors on, which costs no instruction.
+template <int kOffset = 0>
 __device__ inline void copy_async_16(uint4* shared, const uint4* global) {
 #ifdef SF_CUDA_EMULATOR
-  *shared = *global;
+  shared[kOffset] = global[kOffset];
 #else
   const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(target), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;"
+               :
+               : "r"(target), "l"(global), "n"(kOffset * 16)
+               : "memory");
 #endif
 }
 
@@ -122,12 +131,13 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// The two halves of a barrier of the whole cluster. Writes before `arrive` are visible after `wait`.
+// The two halves of a barrier of the whole cluster, by which its blocks learn that the others run. It orders
+// no memory but what transactions_begin wrote.
 __device__ inline void cluster_arrive() {
 #if defined(SF_CUDA_EMULATOR)
   cuda_emulator::cluster_arrive(cuda_emulator::Site::current());
 #elif defined(SF_HAS_CLUSTERS)
-  asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
 #endif
 }
 
@@ -139,23 +149,76 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-// Writes to the shared variable of block `rank` of this cluster that has the address of `mine` here.
-__device__ inline void store_to_block(float* mine, float value, int rank) {
+// Makes 8 bytes of this block's shared memory, aligned, a barrier that opens when `bytes` bytes have been
+// stored by store_async. By one thread, before the barrier of the cluster that lets the others store.
+__device__ inline void transactions_begin(void* barrier, int bytes) {
 #if defined(SF_CUDA_EMULATOR)
-  *static_cast<float*>(
-      cuda_emulator::shared_of_block(mine, sizeof(float), rank, cuda_emulator::Site::current())) = value;
+  cuda_emulator::transactions_begin(barrier, bytes, cuda_emulator::Site::current());
 #elif defined(SF_HAS_CLUSTERS)
-  const auto local = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
   asm volatile(
-      "{\n\t.reg .b32 remote;\n\t"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n\t"
-      "st.shared::cluster.f32 [remote], %2;\n\t}"
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\t"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n\t"
+      "fence.mbarrier_init.release.cluster;"
       :
-      : "r"(local), "r"(rank), "f"(value)
+      : "r"(address), "r"(bytes)
       : "memory");
 #else
-  static_cast<void>(rank);
-  *mine = value;
+  static_cast<void>(barrier), static_cast<void>(bytes);
+#endif
+}
+
+// Waits until all the bytes are there and visible to this thread.
+__device__ inline void transactions_wait(void* barrier) {
+#if defined(SF_CUDA_EMULATOR)
+  cuda_emulator::transactions_wait(barrier, cuda_emulator::Site::current());
+#elif defined(SF_HAS_CLUSTERS)
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  int is_open = 0;
+  while (is_open == 0) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(is_open)
+        : "r"(address)
+        : "memory");
+  }
+#else
+  static_cast<void>(barrier);
+#endif
+}
+
+// Stores to the shared variable of block `rank` of this cluster that has the address of `mine` here, and
+// counts on the barrier there that has the address of `barrier` here.
+template <class T>
+__device__ inline void store_async(T* mine, const T& value, int rank, void* barrier) {
+#if defined(SF_CUDA_EMULATOR)
+  cuda_emulator::store_async(mine, value, rank, barrier, cuda_emulator::Site::current());
+#elif defined(SF_HAS_CLUSTERS)
+  const auto target = static_cast<unsigned>(__cvta_generic_to_shared(mine));
+  const auto counted = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  if constexpr (sizeof(T) == sizeof(float2)) {
+    asm volatile(
+        "{\n\t.reg .b32 to, bar;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %4;\n\t"
+        "mapa.shared::cluster.u32 bar, %1, %4;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%2, %3}, [bar];\n\t}"
+        :
+        : "r"(target), "r"(counted), "f"(value.x), "f"(value.y), "r"(rank)
+        : "memory");
+  } else {
+    asm volatile(
+        "{\n\t.reg .b32 to, bar;\n\t"
+        "mapa.shared::cluster.u32 to, %0, %3;\n\t"
+        "mapa.shared::cluster.u32 bar, %1, %3;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %2, [bar];\n\t}"
+        :
+        : "r"(target), "r"(counted), "f"(value), "r"(rank)
+        : "memory");
+  }
+#else
+  static_cast<void>(mine), static_cast<void>(value), static_cast<void>(rank), static_cast<void>(barrier);
 #endif
 }
 

@@ -136,6 +136,7 @@ __device__ bool owns_element(const RowSpan& span, int v, int t) {
 template <class T, HeadMode kHead>
 __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kernel(const FromStatsArgs<T> a) {
   constexpr int E = kVecElems<T>;
+  constexpr int kGroup = kHead == HeadMode::identity ? kLoadGroup : kLoadGroup / 2;  // within 64 registers
   const int t = static_cast<int>(blockIdx.x * kResidualThreads * kResidualVectors + threadIdx.x);
 
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
@@ -176,22 +177,27 @@ __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kerne
     const auto* const vectors = reinterpret_cast<const uint4*>(in + span.head);
     T* const out_vectors = out + span.head;
     const bool aligned = is_aligned_16(out_vectors);
-    for (int k = 0; k < kResidualVectors; k += kLoadGroup) {
-      uint4 loaded[kLoadGroup];
+    for (int k = 0; k < kResidualVectors; k += kGroup) {
+      uint4 loaded[kGroup];
 #pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
+      for (int j = 0; j < kGroup; ++j) {
         const int i = t + (k + j) * kResidualThreads;
         if (i < span.vectors) loaded[j] = load_once(vectors + i);
       }
 #pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
+      for (int j = 0; j < kGroup; ++j) {
         const int i = t + (k + j) * kResidualThreads;
         if (i >= span.vectors) break;
         float x[E];
         logits_of<kHead>(loaded[j], span.head + i * E, a.head, x);
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
-        store_elements(out_vectors + static_cast<int64_t>(i) * E, x, aligned, false);
+        const uint4 packed = VecCodec<T>::pack(x);
+        if (aligned) {
+          store_16(reinterpret_cast<uint4*>(out_vectors) + i, packed, false);
+        } else {
+          store_elements(out_vectors + static_cast<int64_t>(i) * E, packed);
+        }
       }
     }
     const int edge = span.edge_of<E>(t);

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "head_transform.cuh"
+#include "row_plan.h"
 
 namespace slime_fused::cuda {
 
@@ -70,13 +71,17 @@ __device__ inline float tree_sum(const float (&x)[E]) {
   return s;
 }
 
+// Moves a running sum to a maximum that is no smaller. Without a branch: among 32 lanes some maximum grows at
+// nearly every visit.
+__device__ inline void raise_max(RowStats& stats, float max) {
+  max = fmaxf(stats.max, max);
+  stats.sum *= rescale_factor(stats.max, max);
+  stats.max = max;
+}
+
 template <bool kLogitSum, int E>
 __device__ inline void accumulate(RowStats& stats, const float (&z)[E]) {
-  const float vec_max = tree_max(z);
-  if (vec_max > stats.max) {
-    stats.sum *= rescale_factor(stats.max, vec_max);
-    stats.max = vec_max;
-  }
+  raise_max(stats, tree_max(z));
   const float shift = exponent_shift(stats.max);
   float p[E];
 #pragma unroll
@@ -85,12 +90,26 @@ __device__ inline void accumulate(RowStats& stats, const float (&z)[E]) {
   if constexpr (kLogitSum) stats.logit_sum += tree_sum(z);
 }
 
+// The same for several vectors of raw products that are logits themselves: their maximum is taken on the
+// packed elements, two or more an instruction.
+template <class T, int N>
+__device__ inline void accumulate_packed(RowStats& stats, const uint4 (&vectors)[N]) {
+  constexpr int E = kVecElems<T>;
+  raise_max(stats, VecCodec<T>::max(vectors));
+  const float shift = exponent_shift(stats.max);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    float x[E];
+    VecCodec<T>::unpack(vectors[j], x);
+#pragma unroll
+    for (int e = 0; e < E; ++e) x[e] = exp2_approx(fmaf(x[e], kLog2e, -shift));
+    stats.sum += tree_sum(x);
+  }
+}
+
 template <bool kLogitSum>
 __device__ inline void accumulate_one(RowStats& stats, float z) {
-  if (z > stats.max) {
-    stats.sum *= rescale_factor(stats.max, z);
-    stats.max = z;
-  }
+  raise_max(stats, z);
   stats.sum += exp2_approx(fmaf(z, kLog2e, -exponent_shift(stats.max)));
   if constexpr (kLogitSum) stats.logit_sum += z;
 }
@@ -117,55 +136,60 @@ __device__ inline RowStats warp_merge(RowStats mine) {
   return all;
 }
 
-// Shared memory through which the warps of a row's blocks exchange their statistics:
-// [3 statistics][cluster * warps] float32.
-__host__ __device__ constexpr int stats_exchange_bytes(int cluster, int threads) {
-  return (3 * static_cast<int>(sizeof(float)) * cluster * (threads / 32) + 127) / 128 * 128;
+// Tells the other blocks of the cluster that this one's shared memory may be written. By every thread, once,
+// before merge_row. Nothing was written that others will read, so there is no fence, which would wait for all
+// of a thread's memory traffic.
+template <bool kLogitSum>
+__device__ inline void begin_exchange(void* exchange, int cluster) {
+  if (cluster == 1) return;
+  if (threadIdx.x == 0) {
+    const int entries = cluster * (static_cast<int>(blockDim.x) >> 5);
+    transactions_begin(exchange, (kLogitSum ? 3 : 2) * static_cast<int>(sizeof(float)) * entries);
+  }
+  __syncwarp();  // the barrier takes whole warps
+  cluster_arrive();
 }
 
 // The statistics of the whole row, the same bits in every thread of every block of its cluster. Once per
-// launch: `exchange` may not be written again without a barrier.
+// launch: `exchange` (stats_exchange_bytes of shared memory) may not be written again without a barrier.
 template <bool kLogitSum>
-__device__ inline RowStats merge_row(RowStats mine, float* exchange, int rank, int cluster) {
+__device__ inline RowStats merge_row(RowStats mine, void* exchange, int rank, int cluster) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int warp = static_cast<int>(threadIdx.x) >> 5;
   const int warps = static_cast<int>(blockDim.x) >> 5;
   const int n = cluster * warps;
-  float* maxes = exchange;
-  float* sums = maxes + n;
-  float* logit_sums = sums + n;
+  auto* const pairs = reinterpret_cast<float2*>(static_cast<unsigned char*>(exchange) + kExchangeHeader);
+  auto* const logit_sums = reinterpret_cast<float*>(pairs + n);
 
   const RowStats of_warp = warp_merge<kLogitSum>(mine);
   const int slot = rank * warps + warp;
   if (cluster == 1) {
     if (lane == 0) {
-      maxes[slot] = of_warp.max;
-      sums[slot] = of_warp.sum;
+      pairs[slot] = make_float2(of_warp.max, of_warp.sum);
       if constexpr (kLogitSum) logit_sums[slot] = of_warp.logit_sum;
     }
     __syncthreads();
   } else {
-    if (lane < cluster) {
-      store_to_block(maxes + slot, of_warp.max, lane);
-      store_to_block(sums + slot, of_warp.sum, lane);
-      if constexpr (kLogitSum) store_to_block(logit_sums + slot, of_warp.logit_sum, lane);
-    }
+    // Lane r tells block r; the stores count on that block's barrier, so that no thread has to fence them.
     __syncwarp();
-    cluster_arrive();
     cluster_wait();
+    if (lane < cluster) {
+      store_async(pairs + slot, make_float2(of_warp.max, of_warp.sum), lane, exchange);
+      if constexpr (kLogitSum) store_async(logit_sums + slot, of_warp.logit_sum, lane, exchange);
+    }
+    transactions_wait(exchange);
   }
 
   // Every warp of every block merges the same entries in the same order.
   RowStats all = RowStats::empty();
-  for (int i = lane; i < n; i += 32) all.max = fmaxf(all.max, maxes[i]);
-  all.max = warp_max(all.max);
+#pragma unroll 1
   for (int i = lane; i < n; i += 32) {
-    all.sum += sums[i] * rescale_factor(maxes[i], all.max);
+    const float2 entry = pairs[i];
+    raise_max(all, entry.x);
+    all.sum += entry.y * rescale_factor(entry.x, all.max);
     if constexpr (kLogitSum) all.logit_sum += logit_sums[i];
   }
-  all.sum = warp_sum(all.sum);
-  if constexpr (kLogitSum) all.logit_sum = warp_sum(all.logit_sum);
-  return all;
+  return warp_merge<kLogitSum>(all);
 }
 
 }  // namespace slime_fused::cuda

@@ -23,6 +23,7 @@
 
 #include "dispatch.cuh"
 #include "label_check.cuh"
+#include "row_slice.cuh"
 
 namespace slime_fused::cuda {
 namespace {
@@ -38,63 +39,80 @@ struct ResidualArgs {
   float* loss;            // [M] or null
   int64_t first_row, in_stride, out_stride;
   int cols;
-  int shared_vectors;
+  int block_vectors;            // of a row that one block of its cluster owns
+  int staged;                   // of these, how many wait in shared memory
+  int exchange_bytes;           // of shared memory, before them
+  unsigned cluster_reciprocal;  // ceil(2^32 / cluster)
   bool streaming;
   HeadArgs<T> head;
   float label_smoothing, z_loss;
+  float smoothing;  // label_smoothing / V
 };
-
-// Three blocks of 512 threads per multiprocessor leave 40 registers a thread, enough for the plain head on
-// Hopper; other compilations would spill, and take two.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int kPlainBlocks = 3;
-#else
-constexpr int kPlainBlocks = 2;
-#endif
 
 template <bool kRegisters>
 inline constexpr int kMaxThreads = kRegisters ? kMaxRegisterThreads : kMaxSharedThreads;
-template <HeadMode kHead, bool kRegisters>
-inline constexpr int kMinBlocks = kRegisters ? 1 : (kHead == HeadMode::identity ? kPlainBlocks : 2);
-
-// Loads beyond the staged part go out in groups of this many, to keep several in flight per thread.
-constexpr int kLoadGroup = 2;
-
-// The bits of a vector of -inf, which contributes nothing.
-template <class T>
-__device__ uint4 minus_infinity_vector() {
-  float x[kVecElems<T>];
-#pragma unroll
-  for (int e = 0; e < kVecElems<T>; ++e) x[e] = negative_infinity();
-  return VecCodec<T>::pack(x);
-}
+// 64 registers a thread.
+template <bool kRegisters>
+inline constexpr int kMinBlocks = 1024 / kMaxThreads<kRegisters>;
 
 template <class T, HeadMode kHead, bool kRegisters>
-__global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, kRegisters>))
+__global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters>)
     softmax_residual_kernel(const ResidualArgs<T> a) {
   constexpr int E = kVecElems<T>;
   constexpr bool kLogitSum = kHead != HeadMode::identity;
+  constexpr int kRegisterTiles = kRegisterVectors / kTile;
   SF_DYNAMIC_SMEM(unsigned char, smem);
 
   const int cluster = cluster_size();
   const int rank = cluster_rank();
   const int threads = static_cast<int>(blockDim.x);
-  const int row_threads = cluster * threads;
-  const int t = rank * threads + static_cast<int>(threadIdx.x);
-  float* const exchange = reinterpret_cast<float*>(smem);
-  // Slot k of this thread is stage[k * threads]: neighbours in a warp are neighbours in the banks.
-  uint4* const stage = reinterpret_cast<uint4*>(smem + stats_exchange_bytes(cluster, threads)) + threadIdx.x;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int lane = tid & 31;
+  uint4* const stage = reinterpret_cast<uint4*>(smem + a.exchange_bytes);
 
-  const int64_t row = a.first_row + blockIdx.x / static_cast<unsigned>(cluster);
+  // %clusterid is formed from blockIdx in float32, which is exact for 2^24 blocks only.
+  const unsigned cluster_index = cluster == 1 ? blockIdx.x : __umulhi(blockIdx.x, a.cluster_reciprocal);
+  const int64_t row = a.first_row + cluster_index;
   const int64_t label64 = a.labels[row];
+  const T* const in = a.in + row * a.in_stride;
   T* const out = a.out + row * a.out_stride;
+  const Slice slice = Slice::of(in, a.cols, rank, a.block_vectors);
+  const auto* const vectors = reinterpret_cast<const uint4*>(in + slice.span.head) + slice.begin;
+
+  // This lane's part of its warp's first tile; the tiles of a warp lie `step` apart.
+  const int first = (tid - lane) * kTile + lane;
+  const int step = threads * kTile;
+  const int staged = kRegisters ? slice.count : (slice.count < a.staged ? slice.count : a.staged);
+
+  // Loads: the first tile before the label is known, the others after.
+  uint4 registers[kRegisters ? kRegisterTiles : 1][kTile];
+  const auto is_full = [&](int i, int end) { return i - lane + kTileVectors <= end; };
+  const auto stage_tile = [&](int i) {
+    const uint4* const from = vectors + i;
+    uint4* const to = stage + i;
+    if (is_full(i, staged)) {
+      copy_async_16<0>(to, from);
+      copy_async_16<32>(to, from);
+      copy_async_16<64>(to, from);
+      copy_async_16<96>(to, from);
+    } else {
+#pragma unroll 1
+      for (int j = 0; i + j < staged; j += 32) copy_async_16(to + j, from + j);
+    }
+    copy_async_commit();
+  };
+  if constexpr (!kRegisters) stage_tile(first);
+
   if (label64 >= a.cols) {
-    if (t == 0) report_bad_label(label64, row, a.cols);
+    if (rank == 0 && tid == 0) report_bad_label(label64, row, a.cols);
     return;
   }
   if (label64 < 0) {
-    zero_row(out, a.cols, t, row_threads);
-    if (t == 0) {
+    // The row may be the output: no thread still reads it when another writes.
+    copy_async_wait(0);
+    __syncthreads();
+    zero_slice(out, a.cols, rank, a.block_vectors);
+    if (rank == 0 && tid == 0) {
       a.row_max[row] = 0.f;
       a.row_sum[row] = 1.f;
       a.logp[row] = 0.f;
@@ -102,171 +120,177 @@ __global__ void __launch_bounds__((kMaxThreads<kRegisters>), (kMinBlocks<kHead, 
     }
     return;
   }
-  // Another block's shared memory may be written only once that block runs; the wait comes before the first
-  // write.
-  if (cluster > 1) cluster_arrive();
+  begin_exchange<kLogitSum>(smem, cluster);
 
-  // Loads: everything this thread owns, before anything is used.
-  const int label = static_cast<int>(label64);
-  const T* const in = a.in + row * a.in_stride;
-  const RowSpan span = RowSpan::of(in, a.cols);
-  const auto* const vectors = reinterpret_cast<const uint4*>(in + span.head);
-  const int mine = t < span.vectors ? (span.vectors - t + row_threads - 1) / row_threads : 0;
-  const int held = kRegisters ? kRegisterVectors : (mine < a.shared_vectors ? mine : a.shared_vectors);
-  const int per_group = (held + 3) / 4;
-  uint4 registers[kRegisters ? kRegisterVectors : 1];
+  int groups = 1;
   if constexpr (kRegisters) {
 #pragma unroll
-    for (int k = 0; k < kRegisterVectors; ++k) {
-      registers[k] = k < mine ? load_once(vectors + t + k * row_threads) : minus_infinity_vector<T>();
+    for (int m = 0; m < kRegisterTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) {
+        const int i = first + m * step + 32 * j;
+        registers[m][j] = i < staged ? load_once(vectors + i) : VecCodec<T>::minus_infinity();
+      }
     }
   } else {
-    for (int group = 0; group < 4; ++group) {
-      const int end = (group + 1) * per_group < held ? (group + 1) * per_group : held;
-      for (int k = group * per_group; k < end; ++k) {
-        copy_async_16(stage + k * threads, vectors + t + k * row_threads);
-      }
-      copy_async_commit();
-    }
+    for (int i = first + step; i - lane < staged; i += step, ++groups) stage_tile(i);
   }
-  const int edge = span.edge_of<E>(t);
+  const int edge = slice.edge_of<E>(tid, rank);
   const float edge_logit = edge >= 0 ? logit<kHead>(in, edge, a.head) : negative_infinity();
-  const float label_logit = logit<kHead>(in, label, a.head);
+  // One thread of the cluster has what is asked of the label, read before anything is overwritten.
+  const int label = static_cast<int>(label64);
+  const bool owns_label = slice.is_owner<E>(label, tid, threads, rank, staged);
+  const float label_logit = owns_label ? logit<kHead>(in, label, a.head) : 0.f;
 
   // First visit: this thread's statistics.
   RowStats stats = RowStats::empty();
+  const auto column_of = [&](int i) { return slice.span.head + (slice.begin + i) * E; };
+  const auto visit = [&](int i, int end, const uint4* source, const auto& load) {
+    if constexpr (kHead == HeadMode::identity) {
+      uint4 tile[kTile];
+      if (is_full(i, end)) {
+#pragma unroll
+        for (int j = 0; j < kTile; ++j) tile[j] = load(source + i + 32 * j);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTile; ++j) {
+          tile[j] = VecCodec<T>::minus_infinity();
+          if (i + 32 * j < end) tile[j] = load(source + i + 32 * j);
+        }
+      }
+      accumulate_packed<T>(stats, tile);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kTile && i + 32 * j < end; ++j) {
+        float z[E];
+        logits_of<kHead>(load(source + i + 32 * j), column_of(i + 32 * j), a.head, z);
+        accumulate<kLogitSum>(stats, z);
+      }
+    }
+  };
+  const auto from_stage = [](const uint4* address) { return *address; };
+  const auto from_memory = [](const uint4* address) { return load_once(address); };
   if constexpr (kRegisters) {
 #pragma unroll
-    for (int k = 0; k < kRegisterVectors; ++k) {
-      float z[E];
-      VecCodec<T>::unpack(registers[k], z);
-      accumulate<false>(stats, z);
-    }
+    for (int m = 0; m < kRegisterTiles; ++m) accumulate_packed<T>(stats, registers[m]);
   } else {
-    for (int group = 0; group < 4; ++group) {
-      copy_async_wait(3 - group);
-      const int end = (group + 1) * per_group < held ? (group + 1) * per_group : held;
-      for (int k = group * per_group; k < end; ++k) {
-        float z[E];
-        logits_of<kHead>(stage[k * threads], span.head + (t + k * row_threads) * E, a.head, z);
-        accumulate<kLogitSum>(stats, z);
-      }
+#pragma unroll 1
+    for (int i = first; i - lane < staged; i += step) {
+      copy_async_wait(--groups);
+      visit(i, staged, stage, from_stage);
     }
-  }
-  if constexpr (!kRegisters) {
-    for (int k = held; k < mine; k += kLoadGroup) {
-      uint4 loaded[kLoadGroup];
-#pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
-        if (k + j < mine) loaded[j] = vectors[t + (k + j) * row_threads];
-      }
-#pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
-        if (k + j >= mine) break;
-        float z[E];
-        logits_of<kHead>(loaded[j], span.head + (t + (k + j) * row_threads) * E, a.head, z);
-        accumulate<kLogitSum>(stats, z);
-      }
-    }
+#pragma unroll 1
+    for (int i = staged + first; i - lane < slice.count; i += step)
+      visit(i, slice.count, vectors, from_memory);
   }
   if (edge >= 0) accumulate_one<kLogitSum>(stats, edge_logit);
 
-  if (cluster > 1) {
-    __syncwarp();  // the barrier takes whole warps
-    cluster_wait();
-  }
-  const RowStats all = merge_row<kLogitSum>(stats, exchange, rank, cluster);
+  const RowStats all = merge_row<kLogitSum>(stats, smem, rank, cluster);
 
-  const float log_sum = log_sum_exp(all);
-  const float lse = all.max + log_sum;
-  const float logp = (label_logit - all.max) - log_sum;
-  const auto write_statistics = [&] {
-    if (t != 0) return;
-    a.row_max[row] = all.max;
-    a.row_sum[row] = sum_relative_to_max(all);
-    a.logp[row] = logp;
-    if (a.loss == nullptr) return;
-    float loss = -(1.f - a.label_smoothing) * logp + a.z_loss * lse * lse;
-    if (a.label_smoothing != 0.f) {
-      loss += a.label_smoothing * (lse - all.logit_sum / static_cast<float>(a.cols));
-    }
-    a.loss[row] = loss;
-  };
   // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
-  const float z_loss_factor = 2.f * a.z_loss * lse;
-  const float smoothing = a.label_smoothing / static_cast<float>(a.cols);
+  const float z_loss_factor = a.z_loss == 0.f ? 0.f : 2.f * a.z_loss * (all.max + log_sum_exp(all));
   const float shift = exponent_shift(all.max);
-  const float gain = a.head.scale * (1.f + z_loss_factor) / all.sum;
-  const float offset = -a.head.scale * smoothing;
+  const float gain = __fdividef(a.head.scale * (1.f + z_loss_factor), all.sum);
+  const float offset = -a.head.scale * a.smoothing;
   const auto residual = [&](float z) {
     return fmaf(exp2_approx(fmaf(z, kLog2e, -shift)), gain, offset) * cap_derivative<kHead>(z, a.head);
   };
-  const auto label_residual = [&] {
-    const float p = exp2_approx(logp * kLog2e);
-    const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - smoothing);
-    return d_logit * a.head.scale * cap_derivative<kHead>(label_logit, a.head);
-  };
-  const bool owns_label = t == span.owner_of<E>(label, row_threads);
 
-  // What single threads write, formed where the compiler finds the registers (tests/test_cuda_build.py):
-  // before the second visit for 16-bit rows in shared memory, after it for others.
-  constexpr bool kEarly = !kRegisters && sizeof(T) == 2;
   float label_value = 0.f;
-  if constexpr (kEarly) {
-    write_statistics();
-    if (owns_label) label_value = label_residual();
+  if (owns_label) {
+    const float log_sum = log_sum_exp(all);
+    const float lse = all.max + log_sum;
+    const float logp = (label_logit - all.max) - log_sum;
+    a.row_max[row] = all.max;
+    a.row_sum[row] = sum_relative_to_max(all);
+    a.logp[row] = logp;
+    if (a.loss != nullptr) {
+      float loss = -(1.f - a.label_smoothing) * logp + a.z_loss * lse * lse;
+      if (a.label_smoothing != 0.f) {
+        loss += a.label_smoothing * (lse - all.logit_sum / static_cast<float>(a.cols));
+      }
+      a.loss[row] = loss;
+    }
+    const float p = exp2_approx(logp * kLog2e);
+    const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - a.smoothing);
+    label_value = d_logit * a.head.scale * cap_derivative<kHead>(label_logit, a.head);
   }
 
   // Second visit: the residual, element for element where the logits were.
-  T* const out_vectors = out + span.head;
-  const bool aligned = is_aligned_16(out_vectors);
-  const auto write_vector = [&](const uint4& packed, int i) {
+  T* const out_vectors = out + column_of(0);
+  const auto residual_of = [&](const uint4& packed, int i) {
     float x[E];
-    logits_of<kHead>(packed, span.head + i * E, a.head, x);
+    logits_of<kHead>(packed, column_of(i), a.head, x);
 #pragma unroll
     for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
-    store_elements(out_vectors + static_cast<int64_t>(i) * E, x, aligned, a.streaming);
+    return VecCodec<T>::pack(x);
   };
-  if constexpr (kRegisters) {
+  auto* const targets = reinterpret_cast<uint4*>(out_vectors);
+  const auto write_tile = [&](int i, int end, const uint4* source, const auto& load) {
+    if (kHead == HeadMode::identity && is_full(i, end)) {
+      uint4 tile[kTile];
 #pragma unroll
-    for (int k = 0; k < kRegisterVectors; ++k) {
-      forget(registers[k]);
-      if (k < mine) write_vector(registers[k], t + k * row_threads);
+      for (int j = 0; j < kTile; ++j) tile[j] = load(source + i + 32 * j);
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) {
+        store_16(targets + i + 32 * j, residual_of(tile[j], i + 32 * j), a.streaming);
+      }
+    } else {
+#pragma unroll 1
+      for (int v = i; v < end && v < i + kTileVectors; v += 32) {
+        store_16(targets + v, residual_of(load(source + v), v), a.streaming);
+      }
+    }
+  };
+  if (!is_aligned_16(out_vectors)) {
+    // The output is aligned otherwise, so it is not the input, which can be read again.
+#pragma unroll 1
+    for (int from = 0; from < slice.count; from = from < staged ? staged : slice.count) {
+      const int end = from < staged ? staged : slice.count;
+#pragma unroll 1
+      for (int i = from + first; i < end; i += step) {
+#pragma unroll 1
+        for (int v = i; v < end && v < i + kTileVectors; v += 32) {
+          store_elements(out_vectors + static_cast<int64_t>(v) * E, residual_of(load_once(vectors + v), v));
+        }
+      }
+    }
+  } else if constexpr (kRegisters) {
+#pragma unroll
+    for (int m = 0; m < kRegisterTiles; ++m) {
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) {
+        const int i = first + m * step + 32 * j;
+        forget(registers[m][j]);
+        if (i < staged) store_16(targets + i, residual_of(registers[m][j], i), a.streaming);
+      }
     }
   } else {
-#pragma unroll 2
-    for (int k = 0; k < held; ++k) write_vector(stage[k * threads], t + k * row_threads);
-  }
-  if constexpr (!kRegisters) {
-    for (int k = held; k < mine; k += kLoadGroup) {
-      uint4 loaded[kLoadGroup];
-#pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
-        if (k + j < mine) loaded[j] = load_once(vectors + t + (k + j) * row_threads);
-      }
-#pragma unroll
-      for (int j = 0; j < kLoadGroup; ++j) {
-        if (k + j < mine) write_vector(loaded[j], t + (k + j) * row_threads);
-      }
+#pragma unroll 1
+    for (int i = first; i - lane < staged; i += step) write_tile(i, staged, stage, from_stage);
+#pragma unroll 1
+    for (int i = staged + first; i - lane < slice.count; i += step) {
+      write_tile(i, slice.count, vectors, from_memory);
     }
   }
   if (edge >= 0) out[edge] = from_float<T>(residual(edge_logit));
 
   // The label's entry, by the thread that wrote its neighbours: program order makes it the last write.
-  if (owns_label) out[label] = from_float<T>(kEarly ? label_value : label_residual());
-  if constexpr (!kEarly) write_statistics();
+  if (owns_label) out[label] = from_float<T>(label_value);
 }
+
+// So many that the multiplication by 2^32 / cluster is still a division.
+constexpr int64_t kMostBlocks = int64_t{1} << 28;
 
 // One cluster per row; rows beyond the largest grid go to further launches.
 template <class T, HeadMode kHead, bool kRegisters>
 void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_t stream) {
-  const int64_t limit = plan.max_blocks > 0 ? plan.max_blocks : kMaxBlocks;
+  const int64_t limit = plan.max_blocks > 0 ? std::min(plan.max_blocks, kMostBlocks) : kMostBlocks;
   const int64_t rows_per_launch = std::max<int64_t>(1, limit / plan.cluster);
   LaunchShape shape;
   shape.cluster = plan.cluster;
   shape.threads = plan.threads;
-  shape.smem_bytes = stats_exchange_bytes(plan.cluster, plan.threads) +
-                     std::max(plan.pad_bytes, kRegisters ? 0 : plan.shared_vectors * plan.threads * 16);
+  shape.smem_bytes = args.exchange_bytes + std::max(plan.pad_bytes, args.staged * 16);
   for (int64_t first = 0; first < rows; first += rows_per_launch) {
     args.first_row = first;
     shape.blocks = std::min(rows - first, rows_per_launch) * plan.cluster;
@@ -287,44 +311,50 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
   check_block("softmax_residual", block, true);
   check_row_plan(plan);
   if (block.rows == 0) return;
-  if (plan.cluster > 1 && row_kernel_capability() < 90) {
+  if (plan.cluster > 1 && !has_clusters(row_kernel_capability())) {
     throw std::invalid_argument("row plan: cluster must be 1 for kernels compiled for capability " +
                                 std::to_string(row_kernel_capability()) + ", got " +
                                 std::to_string(plan.cluster));
   }
-  const int64_t vectors = (block.cols * element_size(block.dtype) + 15) / 16;
-  if (plan.stage == RowStage::registers &&
-      vectors > int64_t{kRegisterVectors} * plan.cluster * plan.threads) {
-    throw std::invalid_argument("row plan: stage registers must hold the row of " + std::to_string(vectors) +
-                                " vectors, got cluster=" + std::to_string(plan.cluster) +
+  const int64_t block_vectors = block_vectors_of(block.cols * element_size(block.dtype) / 16, plan.cluster);
+  const bool in_registers = plan.stage == RowStage::registers;
+  if (in_registers && block_vectors > int64_t{kRegisterVectors} * plan.threads) {
+    throw std::invalid_argument("row plan: stage registers must hold the " + std::to_string(block_vectors) +
+                                " vectors of a block, got cluster=" + std::to_string(plan.cluster) +
                                 ", threads=" + std::to_string(plan.threads));
   }
+  const int64_t room = in_registers ? 0 : int64_t{plan.shared_vectors} * plan.threads;
 
   // Label smoothing needs the sum of the logits, which the identity head does not keep.
   HeadMode mode = head_mode(head);
   if (mode == HeadMode::identity && token_loss.label_smoothing != 0.0) mode = HeadMode::affine;
   dispatch_dtype(block.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ResidualArgs<T> args{static_cast<const T*>(block.in),
-                               static_cast<T*>(block.out),
-                               labels,
-                               row_max,
-                               row_sum,
-                               logp,
-                               loss,
-                               0,
-                               block.in_stride,
-                               block.out_stride,
-                               static_cast<int>(block.cols),
-                               plan.shared_vectors,
-                               plan.streaming,
-                               head_args<T>(head),
-                               static_cast<float>(token_loss.label_smoothing),
-                               static_cast<float>(token_loss.z_loss)};
+    const ResidualArgs<T> args{
+        static_cast<const T*>(block.in),
+        static_cast<T*>(block.out),
+        labels,
+        row_max,
+        row_sum,
+        logp,
+        loss,
+        0,
+        block.in_stride,
+        block.out_stride,
+        static_cast<int>(block.cols),
+        static_cast<int>(block_vectors),
+        static_cast<int>(std::min(room, block_vectors)),
+        stats_exchange_bytes(plan.cluster, plan.threads),
+        static_cast<unsigned>((int64_t{1} << 32) / plan.cluster + ((int64_t{1} << 32) % plan.cluster != 0)),
+        plan.streaming,
+        head_args<T>(head),
+        static_cast<float>(token_loss.label_smoothing),
+        static_cast<float>(token_loss.z_loss),
+        static_cast<float>(token_loss.label_smoothing) / static_cast<float>(block.cols)};
     dispatch_head(mode, [&](auto tag) {
       constexpr HeadMode kHead = decltype(tag)::value;
       if constexpr (kHead == HeadMode::identity) {
-        if (plan.stage == RowStage::registers) return launch<T, kHead, true>(args, block.rows, plan, stream);
+        if (in_registers) return launch<T, kHead, true>(args, block.rows, plan, stream);
       }
       launch<T, kHead, false>(args, block.rows, plan, stream);
     });

@@ -6,6 +6,8 @@
 // and the thread that wrote a vector is the one that may patch an element of it later without a barrier.
 #pragma once
 
+#include <cstring>
+
 #include "intrinsics.cuh"
 
 namespace slime_fused::cuda {
@@ -32,38 +34,100 @@ __device__ inline __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+template <class Pair>
+__device__ inline uint32_t bits_of(const Pair& pair) {
+  static_assert(sizeof(Pair) == 4);
+  uint32_t bits;
+  memcpy(&bits, &pair, 4);
+  return bits;
+}
+
+template <class Pair>
+__device__ inline Pair from_bits(uint32_t bits) {
+  static_assert(sizeof(Pair) == 4);
+  Pair pair;
+  memcpy(&pair, &bits, 4);
+  return pair;
+}
+
+// One 32-bit word of a vector as floats, and back; `max` is elementwise and ignores NaN where it can.
+template <class T>
+struct WordCodec;
+
+template <>
+struct WordCodec<float> {
+  static constexpr uint32_t kMinusInfinity = 0xff800000u;
+  __device__ static void unpack(uint32_t bits, float* x) { x[0] = __uint_as_float(bits); }
+  __device__ static uint32_t pack(const float* x) { return __float_as_uint(x[0]); }
+  __device__ static uint32_t max(uint32_t a, uint32_t b) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
+};
+
+// A bfloat16 is the upper half of a float: one shift or one mask each, where a conversion would take two.
+template <>
+struct WordCodec<__nv_bfloat16> {
+  static constexpr uint32_t kMinusInfinity = 0xff80ff80u;
+  __device__ static void unpack(uint32_t bits, float* x) {
+    x[0] = __uint_as_float(bits << 16);
+    x[1] = __uint_as_float(bits & 0xffff0000u);
+  }
+  __device__ static uint32_t pack(const float* x) { return bits_of(__floats2bfloat162_rn(x[0], x[1])); }
+  __device__ static uint32_t max(uint32_t a, uint32_t b) {
+    return bits_of(__hmax2(from_bits<__nv_bfloat162>(a), from_bits<__nv_bfloat162>(b)));
+  }
+};
+
+template <>
+struct WordCodec<__half> {
+  static constexpr uint32_t kMinusInfinity = 0xfc00fc00u;
+  __device__ static void unpack(uint32_t bits, float* x) {
+    const float2 both = __half22float2(from_bits<__half2>(bits));
+    x[0] = both.x;
+    x[1] = both.y;
+  }
+  __device__ static uint32_t pack(const float* x) { return bits_of(__floats2half2_rn(x[0], x[1])); }
+  __device__ static uint32_t max(uint32_t a, uint32_t b) {
+    return bits_of(__hmax2(from_bits<__half2>(a), from_bits<__half2>(b)));
+  }
+};
+
 // The elements of a vector as floats, and back.
 template <class T>
 struct VecCodec {
   static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
 
-  union Word {
-    uint32_t bits;
-    T elems[kPerWord];
-    __device__ Word() {}
-  };
-
   __device__ static void unpack(const uint4& v, float (&x)[kVecElems<T>]) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      Word word;
-      word.bits = words[w];
-#pragma unroll
-      for (int e = 0; e < kPerWord; ++e) x[w * kPerWord + e] = to_float(word.elems[e]);
-    }
+    WordCodec<T>::unpack(v.x, x);
+    WordCodec<T>::unpack(v.y, x + kPerWord);
+    WordCodec<T>::unpack(v.z, x + 2 * kPerWord);
+    WordCodec<T>::unpack(v.w, x + 3 * kPerWord);
   }
 
   __device__ static uint4 pack(const float (&x)[kVecElems<T>]) {
-    uint32_t words[4];
+    return make_uint4(WordCodec<T>::pack(x), WordCodec<T>::pack(x + kPerWord),
+                      WordCodec<T>::pack(x + 2 * kPerWord), WordCodec<T>::pack(x + 3 * kPerWord));
+  }
+
+  // Contributes nothing to a sum of exponentials.
+  __device__ static uint4 minus_infinity() {
+    constexpr uint32_t kWord = WordCodec<T>::kMinusInfinity;
+    return make_uint4(kWord, kWord, kWord, kWord);
+  }
+
+  // The largest element of N vectors, NaN aside; NaN or -inf where there is nothing else.
+  template <int N>
+  __device__ static float max(const uint4 (&v)[N]) {
+    uint32_t word = v[0].x;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      Word word;
-#pragma unroll
-      for (int e = 0; e < kPerWord; ++e) word.elems[e] = from_float<T>(x[w * kPerWord + e]);
-      words[w] = word.bits;
+    for (int j = 0; j < N; ++j) {
+      if (j > 0) word = WordCodec<T>::max(word, v[j].x);
+      word = WordCodec<T>::max(word, WordCodec<T>::max(v[j].y, WordCodec<T>::max(v[j].z, v[j].w)));
     }
-    return make_uint4(words[0], words[1], words[2], words[3]);
+    float x[kPerWord];
+    WordCodec<T>::unpack(word, x);
+    if constexpr (kPerWord == 2) return fmaxf(x[0], x[1]);
+    return x[0];
   }
 };
 
@@ -95,6 +159,8 @@ struct RowSpan {
     return {head, vectors, head + vectors * E, cols};
   }
 
+  __device__ bool has_edges() const { return head != 0 || tail != cols; }
+
   // The element of the head or tail that thread `t` owns, or -1.
   template <int E>
   __device__ int edge_of(int t) const {
@@ -123,15 +189,17 @@ __device__ inline void zero_row(T* row, int cols, int t, int threads) {
   if (edge >= 0) row[edge] = from_float<T>(0.f);
 }
 
-// Writes E consecutive elements, as one vector where the address allows it.
+// Writes the E elements of a vector one by one, where the address allows no more.
 template <class T>
-__device__ inline void store_elements(T* address, const float (&x)[kVecElems<T>], bool aligned,
-                                      bool streaming) {
-  if (aligned) {
-    store_16(reinterpret_cast<uint4*>(address), VecCodec<T>::pack(x), streaming);
-  } else {
+__device__ inline void store_elements(T* address, const uint4& packed) {
+  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
-    for (int e = 0; e < kVecElems<T>; ++e) address[e] = from_float<T>(x[e]);
+  for (int w = 0; w < 4; ++w) {
+    T elems[kPerWord];
+    memcpy(elems, &words[w], 4);
+#pragma unroll
+    for (int e = 0; e < kPerWord; ++e) address[w * kPerWord + e] = elems[e];
   }
 }
 

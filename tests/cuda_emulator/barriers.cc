@@ -132,7 +132,7 @@ bool leave_cluster(Thread& thread) {
   return true;
 }
 
-void* shared_of_block(void* mine, size_t bytes, int rank, const Site& site) {
+void* address_in_block(void* mine, size_t bytes, int rank, const Site& site) {
   LaunchState& launch = launch_state();
   const auto refuse = [&](const std::string& what) {
     record_failure("distributed shared memory: " + what, site);
@@ -155,10 +155,18 @@ void* shared_of_block(void* mine, size_t bytes, int rank, const Site& site) {
              " of the cluster has begun");
     }
     if (target.live == 0) refuse("block " + std::to_string(rank) + " of the cluster has exited");
-    target.was_written = true;
-    target.write_generation = launch.cluster_generation;
   }
   return target.dynamic_shared + offset;
+}
+
+void* shared_of_block(void* mine, size_t bytes, int rank, const Site& site) {
+  void* const address = address_in_block(mine, bytes, rank, site);
+  BlockState& target = launch_state().blocks[rank];
+  if (&target != &current_block()) {
+    target.was_written = true;
+    target.write_generation = launch_state().cluster_generation;
+  }
+  return address;
 }
 
 }  // namespace cuda_emulator

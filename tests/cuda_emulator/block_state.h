@@ -45,12 +45,20 @@ struct Warp {
   uint32_t present = 0;  // lanes the block has (the last warp may be partial)
   uint32_t ready = 0;    // may run
   uint32_t exited = 0;
-  uint32_t at_barrier = 0;  // parked at the block barrier
-  uint32_t at_cluster = 0;  // parked at the cluster barrier
-  uint32_t collecting = 0;  // parked in a warp collective
+  uint32_t at_barrier = 0;       // parked at the block barrier
+  uint32_t at_cluster = 0;       // parked at the cluster barrier
+  uint32_t at_transactions = 0;  // parked at a transaction barrier
+  uint32_t collecting = 0;       // parked in a warp collective
   std::array<LaneSlot, kWarpSize> slots;
   char sync_tokens[kWarpSize][2] = {};  // for ThreadSanitizer, per lane; used in turn (see barrier_tokens)
   uint32_t sync_turn = 0;               // which of its two tokens each lane uses next
+};
+
+struct TransactionBarrier {
+  const void* address = nullptr;
+  int64_t expected = 0;  // bytes
+  int64_t stored = 0;
+  bool was_waited_for = false;
 };
 
 struct BlockState {
@@ -62,6 +70,7 @@ struct BlockState {
   bool was_written = false;       // by another block of the cluster, when that was at barrier
   unsigned write_generation = 0;  // number write_generation
   char* dynamic_shared = nullptr;
+  std::vector<TransactionBarrier> transactions;
 
   int arrived = 0;  // threads at the block barrier
   int predicate_count = 0;
@@ -100,6 +109,12 @@ void park(Thread& thread);
 // To be called when a thread has exited: the barrier of the cluster no longer waits for it. Records a failure
 // and returns false if another block may still write to the memory of this one, which has ended.
 bool leave_cluster(Thread& thread);
+
+// The same for a block whose memory others may still store to by transactions.
+bool leave_transactions(const BlockState& block);
+
+// Where a variable of this block lies in block `rank`; ends the launch where that block does not run.
+void* address_in_block(void* mine, size_t bytes, int rank, const Site& site);
 
 std::string describe(const Thread& thread);
 std::string describe(const Site& site);

@@ -11,6 +11,7 @@
 //   races                  ThreadSanitizer sees one fiber per CUDA thread, ordered by barriers only
 //   uninitialised memory   dynamic shared memory begins as NaN in every block
 //   clusters               their blocks run together: barrier, distributed shared memory, launch limits
+//   mbarriers              one phase of transactions: bytes that other blocks store asynchronously
 // What it cannot check: timing, the accuracy of approximate instructions (modelled as exact), races between
 // clusters (they run one after another), weak memory ordering, inline PTX, tensor cores. Static shared memory
 // is one variable for all blocks: a kernel that is launched in clusters keeps to dynamic shared memory.

@@ -19,6 +19,17 @@ int* in_block(int* mine, int rank, cuda_emulator::Site site = cuda_emulator::Sit
   return static_cast<int*>(cuda_emulator::shared_of_block(mine, sizeof(int), rank, site));
 }
 
+void begin(int* barrier, int ints, cuda_emulator::Site site = cuda_emulator::Site::current()) {
+  cuda_emulator::transactions_begin(barrier, ints * static_cast<int>(sizeof(int)), site);
+}
+void store(int* mine, int value, int rank, int* barrier,
+           cuda_emulator::Site site = cuda_emulator::Site::current()) {
+  cuda_emulator::store_async(mine, value, rank, barrier, site);
+}
+void wait(int* barrier, cuda_emulator::Site site = cuda_emulator::Site::current()) {
+  cuda_emulator::transactions_wait(barrier, site);
+}
+
 void meet() {
   __syncwarp();
   cluster_arrive();
@@ -44,6 +55,39 @@ __global__ void cluster_sum(int* out) {
   for (int r = 0; r < size; ++r) total += sums[r];
   if (threadIdx.x == 0) out[blockIdx.x] = total;
   if (kMeet == Meet::after_reading) meet();
+}
+
+// The same through transactions; `kExpected` ints for each block of four, which all four send.
+enum class Wait { before_reading, after_reading };
+
+template <bool kBeginTogether, int kExpected, Wait kWait>
+__global__ void transaction_sum(int* out) {
+  SF_DYNAMIC_SMEM(int, shared);
+  int* const sums = shared + 2;
+  const int rank = cuda_emulator::cluster_rank();
+  const int size = cuda_emulator::cluster_size();
+  if (threadIdx.x == 0 && (kBeginTogether || rank == 0)) begin(shared, kExpected);
+  meet();
+  const int mine = __reduce_add_sync(kFullWarp, static_cast<int>(threadIdx.x)) + rank;
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane < size) store(sums + rank, mine, lane, shared);
+  if (kWait == Wait::before_reading) wait(shared);
+  int total = 0;
+  for (int r = 0; r < size; ++r) total += sums[r];
+  if (threadIdx.x == 0) out[blockIdx.x] = total;
+  if (kWait == Wait::after_reading) wait(shared);
+}
+
+__global__ void no_wait_for_a_transaction(int*) {
+  SF_DYNAMIC_SMEM(int, shared);
+  if (threadIdx.x == 0) begin(shared, 1);
+  meet();
+  if (cuda_emulator::cluster_rank() == 0 && threadIdx.x == 0) store(shared + 2, 1, 1, shared);
+}
+
+__global__ void begin_a_barrier_twice(int*) {
+  SF_DYNAMIC_SMEM(int, shared);
+  begin(shared, 1);
 }
 
 // ---- planted bugs
@@ -107,10 +151,10 @@ std::unique_ptr<int[]> run_clusters(Kernel kernel, unsigned cluster,
   return out;
 }
 
-template <bool kBeginTogether, Meet kMeet>
-bool run_cluster_sum() {
+template <auto kKernel>
+bool run_sum() {
   constexpr int kBlocks = 4;
-  const auto out = run_clusters(cluster_sum<kBeginTogether, kMeet>, kBlocks);
+  const auto out = run_clusters(kKernel, kBlocks);
   constexpr int kExpected = kBlocks * 32 * 31 / 2 + kBlocks * (kBlocks - 1) / 2;
   for (int block = 0; block < 2 * kBlocks; ++block) {
     if (out[block] != kExpected) return false;
@@ -143,9 +187,16 @@ bool run_cluster_that_does_not_divide_the_grid() {
 
 Cases cluster_cases() {
   return {
-      {"cluster_sum", run_cluster_sum<true, Meet::before_reading>},
-      {"cluster_write_before_begin", run_cluster_sum<false, Meet::before_reading>},
-      {"cluster_read_before_barrier", run_cluster_sum<true, Meet::after_reading>},
+      {"cluster_sum", run_sum<cluster_sum<true, Meet::before_reading>>},
+      {"cluster_write_before_begin", run_sum<cluster_sum<false, Meet::before_reading>>},
+      {"cluster_read_before_barrier", run_sum<cluster_sum<true, Meet::after_reading>>},
+      {"transaction_sum", run_sum<transaction_sum<true, 4, Wait::before_reading>>},
+      {"transaction_read_before_wait", run_sum<transaction_sum<true, 4, Wait::after_reading>>},
+      {"transaction_no_wait", run_broken_clusters<no_wait_for_a_transaction>},
+      {"transaction_expects_more", run_sum<transaction_sum<true, 5, Wait::before_reading>>},
+      {"transaction_expects_less", run_sum<transaction_sum<true, 3, Wait::before_reading>>},
+      {"transaction_not_begun", run_sum<transaction_sum<false, 4, Wait::before_reading>>},
+      {"transaction_begun_twice", run_broken_clusters<begin_a_barrier_twice>},
       {"cluster_no_last_barrier", run_broken_clusters<no_barrier_after_a_write>},
       {"cluster_write_to_exited", run_broken_clusters<write_to_a_block_that_exited>},
       {"cluster_write_beyond_cluster", run_broken_clusters<write_beyond_the_cluster>},

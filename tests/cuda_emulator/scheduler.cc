@@ -52,12 +52,15 @@ std::string describe_waiting(const BlockState& block) {
     }
   }
   for (int index = 0; index < static_cast<int>(block.warps.size()); ++index) {
-    const uint32_t waiting = block.warps[index].at_barrier | block.warps[index].at_cluster;
+    const Warp& warp = block.warps[index];
+    const uint32_t waiting = warp.at_barrier | warp.at_cluster | warp.at_transactions;
     if (waiting != 0) {
       const Thread& thread = thread_at(block, index, std::countr_zero(waiting));
       return describe(thread) + " waits at " +
-             (block.warps[index].at_barrier != 0 ? "__syncthreads" : "a barrier of the cluster") + " at " +
-             describe(thread.barrier_site);
+             (warp.at_barrier != 0   ? "__syncthreads"
+              : warp.at_cluster != 0 ? "a barrier of the cluster"
+                                     : "a transaction barrier") +
+             " at " + describe(thread.barrier_site);
     }
   }
   return "";
@@ -89,7 +92,7 @@ bool leave_block(Thread& self) {
       return true;
     }
   }
-  return !leave_cluster(self);
+  return !leave_transactions(block) || !leave_cluster(self);
 }
 
 // Every fiber lives here for good: it runs the body once per block and hands over after each.
@@ -207,11 +210,12 @@ void begin_block(BlockState& block, int threads) {
     const int lanes = std::min(kWarpSize, threads - warp * kWarpSize);
     Warp& state = block.warps[warp];
     state.present = state.ready = lanes == kWarpSize ? ~0u : (1u << lanes) - 1;
-    state.exited = state.at_barrier = state.at_cluster = state.collecting = 0;
+    state.exited = state.at_barrier = state.at_cluster = state.at_transactions = state.collecting = 0;
   }
   block.live = threads;
   block.arrived = block.predicate_count = 0;
   block.was_written = false;
+  block.transactions.clear();
 }
 
 // Runs the blocks of one cluster together.

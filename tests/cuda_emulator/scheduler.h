@@ -55,6 +55,17 @@ void cluster_wait(const Site& site);
 // `rank` of the cluster. It may be used only while that block runs.
 void* shared_of_block(void* mine, size_t bytes, int rank, const Site& site);
 
+// A barrier of 8 bytes in this block's dynamic shared memory that expects `bytes` bytes to be stored.
+void transactions_begin(void* barrier, int64_t bytes, const Site& site);
+
+// Waits until they are there.
+void transactions_wait(void* barrier, const Site& site);
+
+// The two halves of a store that the barrier of block `rank` counts: where `mine` lies there, and that it is
+// written.
+void* transaction_target(void* mine, size_t bytes, int rank, const Site& site);
+void transaction_stored(void* barrier, size_t bytes, int rank, const Site& site);
+
 enum class WarpOp {
   sync,
   align,  // lanes meet, and no memory is ordered

@@ -25,6 +25,18 @@ inline void __syncwarp(unsigned mask = 0xffffffffu,
   cuda_emulator::warp_collective(cuda_emulator::WarpOp::sync, mask, 0, 0, warpSize, site);
 }
 
+namespace cuda_emulator {
+
+// st.async: stores to the shared variable of block `rank` that has the address of `mine` here, and tells that
+// block's barrier.
+template <typename T>
+void store_async(T* mine, const T& value, int rank, void* barrier, const Site& site) {
+  *static_cast<T*>(transaction_target(mine, sizeof(T), rank, site)) = value;
+  transaction_stored(barrier, sizeof(T), rank, site);
+}
+
+}  // namespace cuda_emulator
+
 inline unsigned __activemask() { return cuda_emulator::live_lanes(); }
 
 namespace cuda_emulator {
