@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 IMPLS = ("naive", "fused")
+WORKER = "demo_worker:contest"
+
 RUN = {"num_pairs": 2, "max_length": 256}
 """The shape of the training run: twice as many sequences per step as pairs."""
 
@@ -44,7 +46,7 @@ SAMPLE_TOKENS = 60
 
 START_TIMEOUT = 600.0
 STEP_TIMEOUT = 600.0
-"""Seconds after which a contestant counts as hung. A step takes a few, a minute on a machine with much else to do."""
+"""Seconds after which a contestant counts as hung. A step takes a few, a minute on a very busy machine."""
 
 
 class Stages:
@@ -82,7 +84,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             running.enter_context(
                 Contestant(
                     impl,
-                    "demo_worker:contest",
+                    WORKER,
                     folder / f"{impl}.log",
                     impl=impl,
                     model=str(model),
@@ -94,7 +96,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             for impl in IMPLS
         ]
         results: dict[str, Any] = {"model": model.name, "cores": os.cpu_count(), **shape}
-        results |= take_turns(both, 0, dict.fromkeys(IMPLS, {"do": "start"}), START_TIMEOUT)["fused"]
+        results |= take_turns(both, 0, {impl: {"do": "start"} for impl in IMPLS}, START_TIMEOUT)["fused"]
         stages.advance(20, f"{results['parameters'] / 1e6:,.1f} million weights")
         results["head"] = measure_head(both, rounds, args.seconds / 4, stages)
         results["train"] = train(both, rounds, shape["steps"], args.seconds * 3 / 4, stages)
@@ -109,6 +111,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def find_start(args: argparse.Namespace, stages: Stages) -> tuple[Path, Path]:
     """The model's folder and the file of pairs: the caller's, or fetched and unpacked once."""
     folder: Path = args.folder
+    for option in ("data", "model"):
+        path = getattr(args, option)
+        if path and not Path(path).exists():
+            raise FileNotFoundError(f"--{option}: no such file or folder: {path}")
     stages.start("fetching the pairs")
     pairs = Path(args.data) if args.data else fetch_pairs(folder)
     stages.start("fetching the model")
@@ -126,7 +132,7 @@ def find_start(args: argparse.Namespace, stages: Stages) -> tuple[Path, Path]:
 
 
 def turns(count: int, seconds: float, at_least: int) -> Iterator[tuple[int, bool]]:
-    """(number, whether it is the last) of up to ``count`` turns: fewer, but ``at_least``, if ``seconds`` run out."""
+    """(number, whether it is the last) of ``count`` turns; of fewer, but ``at_least``, if ``seconds`` run out."""
     end = time.monotonic() + seconds
     taken = 0.0
     for turn in range(count):
@@ -190,7 +196,7 @@ def train(both: Sequence[Contestant], rounds: int, steps: int, seconds: float, s
     return {**answers, "evaluations": evaluations, "held_out": started["fused"]["held_out"]}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", default="", help="pairs as .jsonl, .json or .parquet; default: fetch 300 real ones"
@@ -208,7 +214,7 @@ def main() -> int:
         help="on a busy machine: shorten the measurements to about this long, down to "
         f"{MIN_ROUNDS} timed rounds (default: 300)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     # Offline from here on: nothing but pip's two downloads may reach for the network.

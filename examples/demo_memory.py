@@ -23,7 +23,7 @@ class TensorMemory:
     peak: int
 
     def __enter__(self) -> TensorMemory:
-        self._profile: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False)
+        self._profile: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from demo_report import IMPLS, added_memory, compare, timed
+from demo_report import IMPLS, added_memory, compare, less, show_bytes, timed
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -74,18 +74,17 @@ def _draw_times(axes: Axes, part: dict[str, Any], title: str) -> None:
     axes.set_ylim(0, 1.15 * max(max(values) for values in seconds))
     axes.set_xticks((0.05, 0.95), IMPLS)
     axes.set_ylabel("seconds")
-    axes.set_title(f"{title}\n{comparison.verdict}", fontsize=10)
+    axes.set_title(f"{title}: time\n{comparison.verdict}", fontsize=10)
 
 
 def _draw_memory(axes: Axes, part: dict[str, Any], title: str) -> None:
     memory = added_memory(part)
     values = [memory[impl] / 1e6 for impl in IMPLS]
     bars = axes.bar(IMPLS, values, color=[_COLORS[impl] for impl in IMPLS], width=0.6)
-    axes.bar_label(bars, fmt="{:,.0f} MB", padding=2, fontsize=9)
+    axes.bar_label(bars, labels=[show_bytes(memory[impl]) for impl in IMPLS], padding=2, fontsize=9)
     axes.set_ylim(0, 1.15 * max(values))
     axes.set_ylabel("MB")
-    ratio = values[0] / values[1]
-    axes.set_title(f"{title}\nmemory it adds: {ratio:.1f} x less" if ratio > 1 else f"{title}\nmemory it adds", fontsize=10)
+    axes.set_title(f"{title}: memory it adds\n{less(memory)}", fontsize=10)
 
 
 def _draw_log_probs(axes: Axes, train: dict[str, Any]) -> None:
@@ -102,7 +101,7 @@ def _draw_log_probs(axes: Axes, train: dict[str, Any]) -> None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean log-prob per token")
     axes.set_title(
-        f"The same {train['held_out']} held-out pairs at every point: margin {margins[0]:+.2f} to {margins[-1]:+.2f}",
+        f"The same {train['held_out']} held-out pairs each time: margin {margins[0]:+.2f} to {margins[-1]:+.2f}",
         fontsize=10,
     )
 

@@ -6,9 +6,11 @@ import statistics
 from typing import Any
 
 from demo_stats import Comparison, Spread
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 IMPLS = ("naive", "fused")
 
@@ -39,73 +41,83 @@ def added_memory(part: dict[str, Any]) -> dict[str, int]:
 
 
 def print_report(results: dict[str, Any], console: Console) -> None:
-    """The table of the whole training step first, then of head and loss alone; then the sample answer."""
+    """The table, the whole training step first; then the sample answer."""
     head, train = results["head"], results["train"]
-    rounds = len(timed(train)["naive"])
     table = Table(
-        title=f"SLIME loss on {results['model']}: naive against fused ({results['cores']} CPU cores, float32)",
-        caption=f"Seconds: median (10th to 90th percentile) of {rounds} rounds in turns, step by step. A verdict "
-        "stands only where these spreads do not overlap. Added memory: tensors that one step holds at once, "
-        "beyond those alive when it begins.",
+        title=f"SLIME loss, {results['model']}, float32, {results['cores']} CPU cores",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        title_style="bold",
     )
     for column in ("", "naive", "fused", "verdict"):
         table.add_column(column, justify="left" if column in ("", "verdict") else "right")
 
-    table.add_row("[bold]Whole training step[/bold] (LoRA)")
-    table.add_row(f"  {2 * results['num_pairs']} sequences of up to {results['max_length']} tokens")
+    table.add_row("[bold]Whole step[/bold]")
     _add_costs(table, train)
     table.add_section()
-    shape = head["fused"][0]
     table.add_row("[bold]Head and loss alone[/bold]")
-    table.add_row(f"  {shape['targets']:,} of {shape['positions']:,} positions count")
     _add_costs(table, head)
 
     table.add_section()
-    table.add_row("[bold]Do they agree?[/bold]")
     pairs = list(zip(train["naive"], train["fused"], strict=False))
-    for name, (naive, fused) in (("first", pairs[0]), ("last shared", pairs[-1])):
-        table.add_row(f"  loss, {name} step", f"{naive['loss']:.6f}", f"{fused['loss']:.6f}", "")
     worst = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
-    table.add_row("", "", "", f"differ by {worst:.0e} at most")
+    table.add_row("[bold]Same losses?[/bold]", "", "", f"differ by {worst:.0e}")
+    for name, (naive, fused) in (("first step", pairs[0]), (f"step {len(pairs)}", pairs[-1])):
+        table.add_row(f"  {name}", f"{naive['loss']:.6f}", f"{fused['loss']:.6f}", "")
 
     table.add_section()
     before, after = train["evaluations"][0], train["evaluations"][-1]
-    table.add_row(
-        f"[bold]{train['held_out']} held-out pairs[/bold], fused run", "before", f"after {after['step']} steps", ""
-    )
+    table.add_row(f"[bold]{train['held_out']} held-out pairs[/bold]", "before", f"fused, step {after['step']}", "")
     for key, name in (
         ("loss", "loss"),
-        ("logps/chosen", "chosen, mean log-prob"),
-        ("logps/rejected", "rejected, mean log-prob"),
+        ("logps/chosen", "log-prob chosen"),
+        ("logps/rejected", "log-prob rejected"),
         ("rewards/margins", "margin"),
     ):
         table.add_row(f"  {name}", f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     console.print(table)
-
-    sample = results["sample"]
-    text = "\n\n".join(
-        f"{title}: {sample[key].strip() or '(nothing)'}"
-        for key, title in (("prompt", "Prompt"), ("before", "Before"), ("after", "After"), ("chosen", "Chosen"))
+    shape, rounds = head["fused"][0], [len(timed(part)["naive"]) for part in (train, head)]
+    console.print(
+        f"Whole step: LoRA on {2 * results['num_pairs']} sequences of up to {results['max_length']} tokens. "
+        f"Head and loss alone: {shape['positions']:,} positions, {shape['targets']:,} of them with a loss. "
+        f"Seconds: median and 10th to 90th percentile of {rounds[0]} and {rounds[1]} rounds in turns; a verdict "
+        "stands only where these spreads do not overlap. Memory it adds: the most that one step's tensors hold at "
+        "once, beyond those alive when it begins. Log-probs: means per token, on the same pairs each time.",
+        style="dim",
+        highlight=False,
     )
-    console.print(Panel(text, title="A held-out prompt, answered before and after training"), markup=False)
+    sample = results["sample"]
+    answers = Text()
+    for key, title in (("prompt", "Prompt"), ("before", "Before"), ("after", "After"), ("chosen", "Chosen")):
+        text = " ".join(sample[key].split()) or "(nothing)"
+        answers.append(f"{title}: ", style="bold").append(text if len(text) <= 400 else f"{text[:400]} ...")
+        answers.append("\n" if key != "chosen" else "")
+    console.print(Panel(answers, title="A held-out prompt, answered before and after training"))
 
 
 def _add_costs(table: Table, part: dict[str, Any]) -> None:
-    for key, name in (("seconds", "seconds"), ("processor_seconds", "processor seconds")):
+    for key, name in (("seconds", "seconds"), ("processor_seconds", "CPU seconds")):
         comparison = compare(part, key)
         table.add_row(f"  {name}", _show(comparison.naive), _show(comparison.fused), comparison.verdict)
     table.add_row("  tokens per second", *(f"{rate:,.0f}" for rate in tokens_per_second(part).values()), "")
-    memory = added_memory(part)
-    table.add_row("  memory it adds", *(f"{memory[impl] / 1e6:,.1f} MB" for impl in IMPLS), _less(memory))
     resident = {impl: max(step["resident"] for step in steps) for impl, steps in timed(part).items()}
-    table.add_row("  peak of the process", *(f"{resident[impl] / 1e6:,.0f} MB" for impl in IMPLS), _less(resident))
+    for name, memory in (("memory it adds", added_memory(part)), ("process, peak", resident)):
+        table.add_row(f"  {name}", *(show_bytes(memory[impl]) for impl in IMPLS), less(memory))
 
 
-def _less(memory: dict[str, int]) -> str:
+def show_bytes(count: float) -> str:
+    """In MB, with a digit after the point where there are few."""
+    return f"{count / 1e6:,.{0 if count >= 1e7 else 1}f} MB"
+
+
+def less(memory: dict[str, int]) -> str:
+    """Who needs less memory and by what factor: exact numbers, which need no spread."""
     ratio = memory["naive"] / memory["fused"]
-    return f"fused {ratio:.2f} x less" if ratio >= 1 else f"naive {1 / ratio:.2f} x less"
+    if 0.99 < ratio < 1.01:
+        return "the same"
+    return f"fused {ratio:.2f} x less" if ratio > 1 else f"naive {1 / ratio:.2f} x less"
 
 
 def _show(spread: Spread) -> str:
     digits = 2 if spread.median >= 0.1 else 4
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"

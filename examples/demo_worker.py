@@ -49,7 +49,9 @@ def prepare(connection: Connection, source: str, folder: Path) -> None:
         connection.send({})
 
 
-def contest(connection: Connection, impl: str, model: str, pairs: Path, folder: Path, shape: dict[str, int]) -> None:
+def contest(
+    connection: Connection, impl: str, model: str, pairs: Path, folder: Path, shape: dict[str, int]
+) -> None:
     """Serve requests until there are no more. ``shape`` is that of the training run: see `Training`."""
     quiet()
     head, training = None, None
@@ -145,7 +147,7 @@ class Head:
             logits = torch.nn.functional.linear(self._hidden, self._weight)
             loss = naive_loss(logits, self._labels, self._config)["loss"]
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def measure(self, memory: bool) -> dict[str, float]:
         """One pass. Its gradients count as memory that it adds: they are what a caller asks for."""
