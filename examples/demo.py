@@ -30,18 +30,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 IMPLS = ("naive", "fused")
 WORKER = "demo_worker:contest"
 
-RUN = {"num_pairs": 2, "max_length": 256}
+RUN = {"num_pairs": 2, "max_length": 192}
 """The shape of the training run: twice as many sequences per step as pairs."""
 
-HEAD = {"pairs": 4, "max_length": 512}
-"""Head and loss alone, on a larger batch: 4096 positions, whose logits take 0.8 GB in float32."""
+HEAD = {"pairs": 4, "max_length": 384}
+"""Head and loss alone, on a larger batch: 3072 positions, whose logits take 0.6 GB in float32."""
 
 MEMORY_ROUND = 1
 UNTIMED = 2
 """Round 0 warms up and creates AdamW's state, round 1 is measured for memory, the others are timed."""
 
 HELD_OUT = 8
-EVALUATE_EVERY = 4
+EVALUATE_EVERY = 5
 SAMPLE_TOKENS = 60
 
 START_TIMEOUT = 600.0
@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model", default="", help="model folder or .gguf file; default: fetch SmolLM2-135M-Instruct"
     )
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where everything goes (default: .demo)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds of both losses in turns (default: 10)")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of the fused run (default: 24)")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds of both losses in turns (default: 8)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of the fused run (default: 20)")
     parser.add_argument(
         "--seconds",
         type=float,

@@ -74,7 +74,10 @@ def _draw_times(axes: Axes, part: dict[str, Any], title: str) -> None:
     axes.set_ylim(0, 1.15 * max(max(values) for values in seconds))
     axes.set_xticks((0.05, 0.95), IMPLS)
     axes.set_ylabel("seconds")
-    axes.set_title(f"{title}: time\n{comparison.verdict}", fontsize=10)
+    axes.set_title(
+        f"{title}: time\nverdict: {comparison.verdict}\nby CPU time: {compare(part, 'processor_seconds').verdict}",
+        fontsize=9.5,
+    )
 
 
 def _draw_memory(axes: Axes, part: dict[str, Any], title: str) -> None:
@@ -84,7 +87,7 @@ def _draw_memory(axes: Axes, part: dict[str, Any], title: str) -> None:
     axes.bar_label(bars, labels=[show_bytes(memory[impl]) for impl in IMPLS], padding=2, fontsize=9)
     axes.set_ylim(0, 1.15 * max(values))
     axes.set_ylabel("MB")
-    axes.set_title(f"{title}: memory it adds\n{less(memory)}", fontsize=10)
+    axes.set_title(f"{title}:\nmemory it adds\n{less(memory)}", fontsize=9.5)
 
 
 def _draw_log_probs(axes: Axes, train: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from demo_stats import Comparison, Spread
@@ -27,12 +26,9 @@ def compare(part: dict[str, Any], key: str) -> Comparison:
     return Comparison.of(*([step[key] for step in steps[impl]] for impl in IMPLS))
 
 
-def tokens_per_second(part: dict[str, Any]) -> dict[str, float]:
-    """By impl: the mean step's tokens, without padding, in the median step's time."""
-    return {
-        impl: statistics.fmean(step["tokens"] for step in steps) / statistics.median(s["seconds"] for s in steps)
-        for impl, steps in timed(part).items()
-    }
+def tokens_per_second(part: dict[str, Any]) -> list[Spread]:
+    """Tokens without padding over seconds, step by step."""
+    return [Spread.of([step["tokens"] / step["seconds"] for step in steps]) for steps in timed(part).values()]
 
 
 def added_memory(part: dict[str, Any]) -> dict[str, int]:
@@ -46,16 +42,16 @@ def print_report(results: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"SLIME loss, {results['model']}, float32, {results['cores']} CPU cores",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
         title_style="bold",
     )
     for column in ("", "naive", "fused", "verdict"):
-        table.add_column(column, justify="left" if column in ("", "verdict") else "right")
+        table.add_column(column, justify="left" if column in ("", "verdict") else "right", no_wrap=True)
 
     table.add_row("[bold]Whole step[/bold]")
     _add_costs(table, train)
     table.add_section()
-    table.add_row("[bold]Head and loss alone[/bold]")
+    table.add_row("[bold]Head, loss alone[/bold]")
     _add_costs(table, head)
 
     table.add_section()
@@ -63,18 +59,18 @@ def print_report(results: dict[str, Any], console: Console) -> None:
     worst = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in pairs)
     table.add_row("[bold]Same losses?[/bold]", "", "", f"differ by {worst:.0e}")
     for name, (naive, fused) in (("first step", pairs[0]), (f"step {len(pairs)}", pairs[-1])):
-        table.add_row(f"  {name}", f"{naive['loss']:.6f}", f"{fused['loss']:.6f}", "")
+        table.add_row(f" {name}", f"{naive['loss']:.6f}", f"{fused['loss']:.6f}", "")
 
     table.add_section()
     before, after = train["evaluations"][0], train["evaluations"][-1]
     table.add_row(f"[bold]{train['held_out']} held-out pairs[/bold]", "before", f"fused, step {after['step']}", "")
     for key, name in (
         ("loss", "loss"),
-        ("logps/chosen", "log-prob chosen"),
-        ("logps/rejected", "log-prob rejected"),
+        ("logps/chosen", "chosen log-prob"),
+        ("logps/rejected", "rejected log-prob"),
         ("rewards/margins", "margin"),
     ):
-        table.add_row(f"  {name}", f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
+        table.add_row(f" {name}", f"{before[key]:.4f}", f"{after[key]:.4f}", f"{after[key] - before[key]:+.4f}")
     console.print(table)
     shape, rounds = head["fused"][0], [len(timed(part)["naive"]) for part in (train, head)]
     console.print(
@@ -98,11 +94,11 @@ def print_report(results: dict[str, Any], console: Console) -> None:
 def _add_costs(table: Table, part: dict[str, Any]) -> None:
     for key, name in (("seconds", "seconds"), ("processor_seconds", "CPU seconds")):
         comparison = compare(part, key)
-        table.add_row(f"  {name}", _show(comparison.naive), _show(comparison.fused), comparison.verdict)
-    table.add_row("  tokens per second", *(f"{rate:,.0f}" for rate in tokens_per_second(part).values()), "")
+        table.add_row(f" {name}", _show(comparison.naive), _show(comparison.fused), comparison.verdict)
+    table.add_row(" tokens/s", *(_show(rate) for rate in tokens_per_second(part)), "")
     resident = {impl: max(step["resident"] for step in steps) for impl, steps in timed(part).items()}
     for name, memory in (("memory it adds", added_memory(part)), ("process, peak", resident)):
-        table.add_row(f"  {name}", *(show_bytes(memory[impl]) for impl in IMPLS), less(memory))
+        table.add_row(f" {name}", *(show_bytes(memory[impl]) for impl in IMPLS), less(memory))
 
 
 def show_bytes(count: float) -> str:
@@ -115,9 +111,10 @@ def less(memory: dict[str, int]) -> str:
     ratio = memory["naive"] / memory["fused"]
     if 0.99 < ratio < 1.01:
         return "the same"
-    return f"fused {ratio:.2f} x less" if ratio > 1 else f"naive {1 / ratio:.2f} x less"
+    return f"fused {ratio:.2f}x less" if ratio > 1 else f"naive {1 / ratio:.2f}x less"
 
 
 def _show(spread: Spread) -> str:
-    digits = 2 if spread.median >= 0.1 else 4
-    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f}-{spread.high:.{digits}f})"
+    """Median (low-high), with as many digits after the point as a number of this size needs."""
+    digits = next((n for n, least in enumerate((100, 10, 0.1)) if spread.median >= least), 4)
+    return f"{spread.median:,.{digits}f} ({spread.low:,.{digits}f}-{spread.high:,.{digits}f})"

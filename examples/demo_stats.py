@@ -51,9 +51,9 @@ class Comparison:
     def verdict(self) -> str:
         """Who is faster and by how much, or why that cannot be told."""
         if self.rounds < MIN_ROUNDS:
-            return f"no verdict ({self.rounds} round{'s' * (self.rounds > 1)})"
+            return f"none ({self.rounds} rounds)"
         if self.naive.overlaps(self.fused):
-            return "no verdict (overlap)"
+            return "none (overlap)"
         if self.fused.median < self.naive.median:
-            return f"fused {self.ratio:.2f} x faster"
-        return f"naive {1 / self.ratio:.2f} x faster"
+            return f"fused {self.ratio:.2f}x faster"
+        return f"naive {1 / self.ratio:.2f}x faster"
