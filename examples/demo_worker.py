@@ -1,67 +1,88 @@
-"""One measurement of the demo, in a process of its own so that its peak memory is its own.
+"""A contestant of the demo: the fused loss or the naive one, on the head alone and in whole training steps.
 
-    python demo_worker.py prepare MODEL FOLDER
-    python demo_worker.py head    MODEL PAIRS --impl fused --pairs 2 --max-length 192
-    python demo_worker.py train   MODEL PAIRS --impl fused --pairs 2 --max-length 192 --steps 8 --seconds 120
+Runs in a process of its own (`demo_turns`) and works only when it is asked to. Requests and answers are
+dictionaries; ``request["do"]`` is one of
 
-Prints one JSON object per line: {"event": "progress", ...} while it runs and {"event": "result", ...} at the end.
+    start   load the model and the tokenizer
+    head    one forward and backward pass of head and loss, on hidden states of a real batch's shape
+    begin   set up the training; with ``evaluate``, evaluate the held-out pairs first
+    step    one optimizer step
+    sample  the answer to a held-out prompt, without and with the trained adapter
+    save    write the adapter
+
+A ``head`` or ``step`` with ``memory`` is not timed but measured for the tensor memory that it adds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import statistics
-import sys
-import tempfile
 import time
 import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo_memory import TensorMemory, reset_resident_peak, resident_peak
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 import slime_fused
 from slime_fused.trainer import PreferenceCollator, SlimeConfig, SlimeTrainer, load_model, load_tokenizer
-from slime_fused.trainer.data import prepare_dataset
+from slime_fused.trainer.data import PairTokenizer, prepare_dataset
+from slime_fused.trainer.formats import parse_pair
 from slime_fused.trainer.losses import naive_loss
 from slime_fused.trainer.reading import read_pairs
 
-HELD_OUT = 6
-"""Pairs kept back to evaluate on before and after training."""
+REPORTED = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def say(event: str, **values: Any) -> None:
-    print(json.dumps({"event": event, **values}), flush=True)
+def prepare(connection: Connection, source: str, folder: Path) -> None:
+    """Turn a model file into a folder that the contestants load in a moment."""
+    quiet()
+    while connection.recv() is not None:
+        model, tokenizer = load_model(source), load_tokenizer(source)
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)  # whole or not at all
+        connection.send({})
 
 
-def memory_now() -> int:
-    """Resident bytes of this process."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return memory_peak()
+def contest(
+    connection: Connection, impl: str, model: str, pairs: Path, folder: Path, shape: dict[str, int]
+) -> None:
+    """Serve requests until there are no more. ``shape`` is that of the training run: see `Training`."""
+    quiet()
+    head, training = None, None
+    while (request := connection.recv()) is not None:
+        match request["do"]:
+            case "start":
+                loaded, tokenizer = load_resident(model), load_tokenizer(model)
+                answer = {"parameters": loaded.num_parameters(), "vocabulary": loaded.config.vocab_size}
+            case "head":
+                head = head or Head(loaded, tokenizer, pairs, impl, request["pairs"], request["max_length"])
+                answer = head.measure(request["memory"])
+            case "begin":
+                head, training = None, Training(loaded, tokenizer, pairs, folder / impl, impl, **shape)
+                answer = {"evaluation": training.evaluate() if request["evaluate"] else None}
+                answer["held_out"] = len(training.trainer.eval_dataset)
+            case "step":
+                training.run(connection, request)  # serves the steps that follow, up to the last
+                continue
+            case "sample":
+                answer = training.sample(request["tokens"])
+            case "save":
+                training.trainer.save_model(request["folder"])
+                answer = {}
+        connection.send(answer)
 
 
-def memory_peak() -> int:
-    """Most resident bytes since `reset_peak`, or since the start where the system cannot reset it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
+def quiet() -> None:
+    """Leave out what libraries print besides errors."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
 
 
 def load_resident(path: str) -> Any:
@@ -73,160 +94,198 @@ def load_resident(path: str) -> Any:
     return model
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Turn a model file into a folder that the other workers load in a moment."""
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    model.save_pretrained(args.pairs_or_folder)
-    tokenizer.save_pretrained(args.pairs_or_folder)
-    say("result", parameters=model.num_parameters(), vocab=model.config.vocab_size, hidden=model.config.hidden_size)
+class Stopwatch:
+    """Wall-clock and processor seconds of a block, and the tensor memory that it adds where that is asked for."""
+
+    def __init__(self, memory: bool) -> None:
+        # Recording every allocation takes time itself, so a block is either timed or measured for memory.
+        self._memory = TensorMemory() if memory else None
+
+    def start(self) -> None:
+        reset_resident_peak()
+        if self._memory is not None:
+            self._memory.__enter__()
+        self._began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> dict[str, float]:
+        if self._memory is not None:
+            self._memory.__exit__(None, None, None)
+            return {"memory": self._memory.peak}
+        wall, processor = self._began
+        return {
+            "seconds": time.perf_counter() - wall,
+            "processor_seconds": time.process_time() - processor,
+            "resident": resident_peak(),
+        }
 
 
-def settings(args: argparse.Namespace, folder: str) -> SlimeConfig:
-    return SlimeConfig(
-        output_dir=folder,
-        loss_impl=args.impl,
-        per_device_train_batch_size=args.pairs,
-        per_device_eval_batch_size=args.pairs,
-        max_length=args.max_length,
-        truncation="keep_start",
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        max_steps=args.steps,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-    )
-
-
-def head(args: argparse.Namespace) -> None:
+class Head:
     """Output head and loss alone, forward and backward, on hidden states and labels of a real batch's shape."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = settings(args, folder)
-    weight = load_model(args.model).get_output_embeddings().weight.detach().clone().requires_grad_()
-    tokenizer = load_tokenizer(args.model)
-    rows = read_pairs(args.pairs_or_folder).select(range(4 * args.pairs))
-    tokens = prepare_dataset(rows, tokenizer, config, "demo").select(range(args.pairs))
-    batch = PreferenceCollator(tokenizer.pad_token_id)(list(tokens))
-    labels = batch["labels"]
-    torch.manual_seed(0)
-    hidden = torch.randn(*labels.shape, weight.shape[1]).mul_(2.0).requires_grad_()
 
-    def step() -> float:
-        hidden.grad = weight.grad = None
-        if args.impl == "fused":
-            loss = slime_fused.slime_loss(hidden, weight, labels, config=config.loss_config(), shift=True).loss
+    def __init__(self, model: Any, tokenizer: Any, pairs: Path, impl: str, num_pairs: int, max_length: int) -> None:
+        args = SlimeConfig(output_dir="unused", max_length=max_length, use_cpu=True)
+        self._config, self._impl = args.loss_config(), impl
+        rows = read_pairs(pairs)
+        rows = rows.select(range(min(8 * num_pairs, len(rows))))  # more than enough: long prompts are dropped
+        tokens = prepare_dataset(rows, tokenizer, args, "demo")
+        batch = PreferenceCollator(tokenizer.pad_token_id)(list(tokens.select(range(num_pairs))))
+        self._labels = batch["labels"]
+        self._tokens = int(batch["attention_mask"].sum())
+        # A head that is trained, as in full fine-tuning: the model's own, whatever the adapter does to it.
+        self._weight = model.get_output_embeddings().weight.detach().clone().requires_grad_()
+        torch.manual_seed(0)
+        self._hidden = torch.randn(*self._labels.shape, self._weight.shape[1]).mul_(2.0).requires_grad_()
+
+    def _step(self) -> float:
+        self._hidden.grad = self._weight.grad = None
+        if self._impl == "fused":
+            output = slime_fused.slime_loss(
+                self._hidden, self._weight, self._labels, config=self._config, shift=True
+            )
+            loss = output.loss
         else:
-            loss = naive_loss(torch.nn.functional.linear(hidden, weight), labels, config.loss_config())["loss"]
+            logits = torch.nn.functional.linear(self._hidden, self._weight)
+            loss = naive_loss(logits, self._labels, self._config)["loss"]
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
-    before = memory_now()
-    reset_peak()
-    times = []
-    for repeat in range(args.steps):
-        start = time.perf_counter()
-        loss = step()
-        times.append(time.perf_counter() - start)
-        say("progress", done=repeat + 1)
-    seconds = min(times)
-    say(
-        "result",
-        loss=loss,
-        seconds=seconds,
-        positions=labels.numel(),
-        targets=int((labels[:, 1:] != -100).sum()),
-        tokens_per_second=int(batch["attention_mask"].sum()) / seconds,
-        memory=memory_peak() - before,
-    )
+    def measure(self, memory: bool) -> dict[str, float]:
+        """One pass. Its gradients count as memory that it adds: they are what a caller asks for."""
+        self._hidden.grad = self._weight.grad = None
+        watch = Stopwatch(memory)
+        watch.start()
+        loss = self._step()
+        targets = int((self._labels[:, 1:] != -100).sum())
+        return watch.stop() | {
+            "loss": loss,
+            "tokens": self._tokens,
+            "positions": self._labels.numel(),
+            "targets": targets,
+        }
 
 
-class Watch(TrainerCallback):
-    """Times the steps, reports them, and stops when the time is up."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.times: list[float] = []
-        self.began = self.step_began = 0.0
-        self.memory_before = 0
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
-        self.memory_before = memory_now()
-        reset_peak()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.step_began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter() - self.step_began)
-        if time.perf_counter() - self.began + statistics.median(self.times) > self.seconds:
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            say("progress", done=state.global_step, loss=logs["loss"], margin=logs["rewards/margins"])
-
-
-def train(args: argparse.Namespace) -> None:
+class Training:
     """Whole optimizer steps on a LoRA adapter: model, head, loss, backward, AdamW.
 
     An adapter as most people train one, with the head frozen: the weights' own gradients and AdamW's copies of them
-    would hide everything else on a model this small.
+    would hide everything else on a model this small. ``held_out`` pairs are kept back from the rest, in the order
+    of the file; every evaluation is on these same pairs.
     """
-    pairs = read_pairs(args.pairs_or_folder)
-    held_out = pairs.select(range(HELD_OUT)) if args.evaluate else None
-    with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(args.seconds)
-        trainer = SlimeTrainer(
-            load_resident(args.model),
-            settings(args, folder),
-            train_dataset=pairs.select(range(HELD_OUT, len(pairs))),
-            eval_dataset=held_out,
-            processing_class=load_tokenizer(args.model),
-            callbacks=[watch],
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        pairs: Path,
+        folder: Path,
+        impl: str,
+        *,
+        num_pairs: int,
+        max_length: int,
+        steps: int,
+        held_out: int,
+    ) -> None:
+        args = SlimeConfig(
+            output_dir=str(folder),
+            loss_impl=impl,
+            per_device_train_batch_size=num_pairs,
+            per_device_eval_batch_size=num_pairs,
+            max_length=max_length,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            max_steps=steps,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+        rows = read_pairs(pairs)
+        # About half of the demo's prompts leave no room for a response; whatever is not needed is not tokenised.
+        rows = rows.select(range(min(3 * (held_out + steps * num_pairs), len(rows))))
+        rows = rows.map(PairTokenizer(tokenizer, args, "demo"), with_indices=True)
+        kept = rows.filter(lambda row: row["verdict"] in ("", "shifted"))
+        if len(kept) <= held_out:
+            raise ValueError(f"data: expected more than {held_out} usable pairs, got {len(kept)} in {pairs}")
+        self._tokenizer = tokenizer
+        self._watch = _Watch()
+        self.trainer = SlimeTrainer(
+            model,
+            args,
+            train_dataset=kept.select(range(held_out, len(kept))),
+            eval_dataset=kept.select(range(held_out)),
+            processing_class=tokenizer,
+            callbacks=[self._watch],
             peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
         )
-        evaluations = [trainer.evaluate()] if args.evaluate else []
-        trainer.train()
-        peak = memory_peak()
-        evaluations += [trainer.evaluate()] if args.evaluate else []
-        if args.save:
-            trainer.save_model(args.save)
-    reports = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # The first step also warms up caches and checks the head.
-    rates = [r["num_tokens"] / t for r, t in zip(reports, watch.times, strict=True)][1:]
-    say(
-        "result",
-        losses=[entry["loss"] for entry in reports],
-        history=trainer.state.log_history,
-        tokens_per_second=statistics.median(rates or [reports[0]["num_tokens"] / watch.times[0]]),
-        seconds=statistics.median(watch.times[1:] or watch.times),
-        memory=peak - watch.memory_before,
-        memory_of_process=peak,
-        evaluations=evaluations,
-    )
+
+    def evaluate(self) -> dict[str, float]:
+        """The held-out pairs with the adapter as it is now."""
+        return _evaluation(self.trainer.evaluate())
+
+    def run(self, connection: Connection, first: dict[str, Any]) -> None:
+        """Serve ``first``, a ``step`` request, and those that follow, up to one with ``last``."""
+        self._watch.serve(connection, first)
+        self.trainer.train()
+
+    def sample(self, num_tokens: int) -> dict[str, str]:
+        """What the model answers to the shortest held-out prompt before and after training, by greedy decoding."""
+        row: Any = min(self.trainer.eval_dataset, key=lambda row: row["chosen_prompt_length"])
+        ids = torch.tensor([row["chosen_ids"][: row["chosen_prompt_length"]]])
+        model: Any = self.trainer.model
+        model.eval()
+
+        def answer() -> str:
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=num_tokens,
+                    do_sample=False,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                )
+            return str(self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+        with model.disable_adapter():
+            before = answer()
+        pair = parse_pair(row, "held-out pair")
+        return {"prompt": _text(pair.prompt), "before": before, "after": answer(), "chosen": _text(pair.chosen)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["prepare", "head", "train"])
-    parser.add_argument("model")
-    parser.add_argument("pairs_or_folder")
-    parser.add_argument("--impl", choices=["fused", "naive"], default="fused")
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--max-length", type=int, default=192)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--evaluate", action="store_true")
-    parser.add_argument("--save", default="")
-    args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    {"prepare": prepare, "head": head, "train": train}[args.what](args)
+class _Watch(TrainerCallback):
+    """Holds every optimizer step until it is asked for, and answers with what it cost and what came of it."""
+
+    def serve(self, connection: Connection, first: dict[str, Any]) -> None:
+        self._connection, self._request = connection, first
+        self._is_first = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._is_first:
+            self._request = self._connection.recv()
+        self._is_first = False
+        self._watch = Stopwatch(self._request["memory"])
+        self._watch.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._answer: dict[str, Any] = self._watch.stop()
+        control.should_evaluate = self._request["evaluate"]
+        control.should_training_stop |= self._request["last"]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._answer |= {"step": state.global_step, "loss": logs["loss"], "tokens": logs["num_tokens"]}
+            if not self._request["evaluate"]:
+                self._connection.send(self._answer)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step:
+            self._connection.send(self._answer | {"evaluation": _evaluation(metrics)})
 
 
-if __name__ == "__main__":
-    main()
+def _evaluation(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: metrics[f"eval_{name}"] for name in REPORTED}
+
+
+def _text(part: Any) -> str:
+    """A prompt or response as text; of messages the last."""
+    return part if isinstance(part, str) else str(part[-1]["content"])
