@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -34,9 +35,9 @@ _GRACE_S = 20.0
 _GPU_BUDGET_S = 300.0
 
 _ALL = tuple(STEP_CONTESTANTS)
-# Compiled code is compiled anew as sizes change: on the CPU the search would measure the compiler.
-_SEARCHED = tuple(name for name in _ALL if not STEP_CONTESTANTS[name].compiles)
-_QUICK = ("slime_fused", "naive", "naive-reference", "trl-fused-head")
+_QUICK: tuple[str, ...] = ("slime_fused", "naive", "naive-reference", "trl-fused-head")
+
+Cases: TypeAlias = tuple[StepCase, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Schedule:
     """Jobs in the order in which they run."""
 
     jobs: tuple[StepJob, ...]
-    cases: tuple[StepCase, ...]
+    cases: Cases
 
 
 @dataclass
@@ -68,21 +69,29 @@ class Table:
         else:
             self.rows[key] = replace(known, reason=f"memory: {row.status}: {row.reason}")
 
+    def everything(self) -> list[StepRow | LimitRow]:
+        """All rows."""
+        return [*self.rows.values(), *self.limits.values()]
+
     def is_measurable(self, case: str, contestant: str) -> bool:
         """Whether the contestant took the right step, as far as is known."""
         row = self.rows.get((case, contestant))
         return row is None or row.status == OK
 
 
+def _defaults(args: argparse.Namespace) -> tuple[Cases, Cases, tuple[str, ...]]:
+    """Cases whose step is measured, cases whose limits are searched, and contestants."""
+    if args.quick:
+        return steps.QUICK_CASES, steps.QUICK_LIMIT_CASES, _QUICK
+    if args.device == "cuda":
+        return steps.GPU_CASES, steps.GPU_LIMIT_CASES, _ALL
+    return steps.CPU_CASES, steps.CPU_LIMIT_CASES, _ALL
+
+
 def default_schedule(args: argparse.Namespace, deadline: float) -> Schedule:
     """The jobs that the command line asks for."""
     cuda = args.device == "cuda"
-    if args.quick:
-        timed, searched, names = steps.QUICK_CASES, steps.QUICK_LIMIT_CASES, _QUICK
-    elif cuda:
-        timed, searched, names = steps.GPU_CASES, steps.GPU_LIMIT_CASES, _ALL
-    else:
-        timed, searched, names = steps.CPU_CASES, steps.CPU_LIMIT_CASES, _ALL
+    timed, searched, names = _defaults(args)
     if args.cases:
         timed = searched = tuple(steps.ALL_CASES[name] for name in args.cases)
     timed, searched = _resized(timed, args), _resized(searched, args)
@@ -102,18 +111,22 @@ def default_schedule(args: argparse.Namespace, deadline: float) -> Schedule:
         for of_case, case in zip(jobs, timed, strict=True):
             # A high-water mark is a process's. The quick run shows the machinery on two of them.
             of_case += [job(case, (name,), CPU_MEMORY) for name in (names[:2] if args.quick else names)]
-    limits = []
-    if args.limits:
-        searches = _searches(args)
-        for case in searched:
-            who = names if cuda else tuple(name for name in names if name in _SEARCHED)
-            limits += [job(case, (name,), protocol, *searches) for name in (who[:2] if args.quick else who)]
-    # The limits of the first model come after the first case of each.
-    ordered = [*jobs[:2], limits, *jobs[2:]]
+    who = [name for name in names if _is_searched(name, args.device)]
+    who = who[:2] if args.quick else who
+    searches = _searches(args)
+    limits = [[job(case, (name,), protocol, *searches) for name in who] for case in searched if args.limits]
+    # The first case of each model, what fits of the first, and so on: a short run has something of everything.
+    ordered = [*jobs[:2], *limits[:1], *jobs[2:4], *limits[1:], *jobs[4:]]
     return Schedule(tuple(one for group in ordered for one in group), tuple(dict.fromkeys((*timed, *searched))))
 
 
-def _resized(cases: tuple[StepCase, ...], args: argparse.Namespace) -> tuple[StepCase, ...]:
+def _is_searched(name: str, device: str) -> bool:
+    """On the CPU every size would be compiled anew: there the search would measure the compiler."""
+    contestant = STEP_CONTESTANTS[name]
+    return contestant.unsupported() is None and not (contestant.compiles and device == "cpu")
+
+
+def _resized(cases: Cases, args: argparse.Namespace) -> Cases:
     """The cases with the sizes that the command line gives; what becomes equal is kept once."""
     changes = {
         name: value
@@ -126,7 +139,7 @@ def _resized(cases: tuple[StepCase, ...], args: argparse.Namespace) -> tuple[Ste
 def _searches(args: argparse.Namespace) -> tuple[Search, Search]:
     """Longest sequence, then largest batch; on the CPU within a room, on a GPU within all of its memory."""
     if args.device == "cuda":
-        return Search("length", Bounds(1024, 131072)), Search("pairs", Bounds(1, 512))
+        return Search("length", Bounds(1024, 65536)), Search("pairs", Bounds(1, 256))
     if args.quick:
         room = args.room or 16 * MIB
         return Search("length", Bounds(64, 512), room), Search("pairs", Bounds(1, 8), room)
@@ -170,33 +183,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     deadline = float("inf") if args.time_budget is None else time.time() + args.time_budget
-    schedule = default_schedule(args, deadline)
+    try:
+        schedule = default_schedule(args, deadline)
+    except ValueError as error:
+        print(f"bench.end_to_end: {error}", file=sys.stderr)
+        return 2
     machine = describe_machine(torch.device(args.device))
     path = (args.out or RESULTS / machine_slug(machine)) / "end_to_end.json"
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "list")}
     settings["protocols"] = [asdict(protocol) for protocol in dict.fromkeys(job.protocol for job in schedule.jobs)]
     table = Table()
+
+    def store() -> None:
+        named = {row.case for row in table.everything()}
+        used = [case for case in schedule.cases if case.name in named]
+        write_step_run(path, machine, settings, used, table.rows.values(), table.limits.values())
+
     for job in schedule.jobs:
         names = tuple(name for name in job.contestants if table.is_measurable(job.case.name, name))
         if not names:
             continue
-        job = replace(job, contestants=names)
-        started, shown = time.time(), {}
+        started = time.time()
         limit = min(deadline + _GRACE_S - started, _PROCESS_LIMIT_S[args.device])
-        for row in run_step_job(job, limit):
+        for row in run_step_job(replace(job, contestants=names), limit):
             table.take(row, job.protocol)
-            named = {known.case for known in (*table.rows.values(), *table.limits.values())}
-            used = [case for case in schedule.cases if case.name in named]
-            write_step_run(path, machine, settings, used, table.rows.values(), table.limits.values())
+            store()
             if isinstance(row, LimitRow):
                 print(format_limit_row(row), flush=True)
-            else:
-                shown[row.contestant] = table.rows[row.case, row.contestant]
-        for known in shown.values():
-            print(format_step_row(known), flush=True)
+        for name in () if job.searches else names:
+            print(format_step_row(table.rows[job.case.name, name]), flush=True)
         print(f"-- {job.case.name}: {time.time() - started:.0f} s", flush=True)
     print(f"wrote {path}")
-    ours = [row for row in (*table.rows.values(), *table.limits.values()) if row.contestant == "slime_fused"]
+    ours = [row for row in table.everything() if row.contestant == "slime_fused"]
     return int(any(row.status in (FAILED, WRONG) for row in ours))
 
 

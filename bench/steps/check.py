@@ -21,8 +21,8 @@ _BLOCK_ROWS = 1024
 # Entries of each parameter's gradient that are compared, evenly spaced.
 _SAMPLE = 4096
 
-# As in `bench.test_cpu`, generous: accuracy is what tests/ is for; here a contestant that takes another step must not
-# be timed. bfloat16: every layer's backward pass rounds again, and the authors' way rounds log-probs to 3 digits.
+# As in `bench.test_cpu`, generous: accuracy is what tests/ is for; here a contestant that takes another step must
+# not be timed. bfloat16: every layer's backward pass rounds again, and the authors' log-probs keep 3 digits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
@@ -39,7 +39,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class StepErrors:
-    """Relative errors: of the loss, of the gradients' norm, and of the sampled gradients (norm of the difference)."""
+    """Relative errors: of the loss, of the gradients' norm, and of the sampled gradients (norm of difference)."""
 
     loss: float
     norm: float

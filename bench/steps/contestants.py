@@ -50,7 +50,7 @@ class StepContestant:
 
 
 def _token_logps(logits: Tensor, batch: StepBatch) -> Tensor:
-    """(M,) log-probs of the labels out of ``logits`` (2P, T, V), by a log-softmax of every position in its dtype."""
+    """(M,) log-probs of the labels out of ``logits`` (2P, T, V), by a log-softmax of all of them in their dtype."""
     logps = torch.log_softmax(logits[:, :-1], dim=-1)
     targets = batch.labels[:, 1:].clamp_min(0)
     token_logps = logps.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -69,18 +69,18 @@ def _naive(training: Training, batch: StepBatch) -> Prepared:
 def _naive_with_reference(training: Training, batch: StepBatch) -> Prepared:
     """With LoRA the reference is the model without its adapter, else a frozen copy; what comes out is discarded."""
     model = training.model
-    if hasattr(model, "disable_adapter"):
-        frozen, adapters_off, copies = model, model.disable_adapter, ()
-    else:
-        frozen = copy.deepcopy(model).eval().requires_grad_(False)
-        adapters_off, copies = nullcontext, (frozen,)
+    has_adapter = hasattr(model, "disable_adapter")
+    frozen = model if has_adapter else copy.deepcopy(model).eval().requires_grad_(False)
+    adapters_off = model.disable_adapter if has_adapter else nullcontext
 
     def loss() -> Tensor:
         with torch.no_grad(), adapters_off():
             _token_logps(frozen(input_ids=batch.input_ids, use_cache=False).logits, batch)
         return _slime(_token_logps(training.logits(batch.input_ids), batch), batch)
 
-    return Prepared(loss, "reference: " + ("frozen copy" if copies else "adapter disabled"), copies)
+    if has_adapter:
+        return Prepared(loss, "reference: adapter disabled")
+    return Prepared(loss, "reference: frozen copy", (frozen,))
 
 
 def _naive_compiled(training: Training, batch: StepBatch) -> Prepared:

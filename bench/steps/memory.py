@@ -61,7 +61,7 @@ def largest_fitting(
     fits: Callable[[int], bool],
     unit: int,
     bound: int,
-    resolution: float = 1 / 16,
+    resolution: float = 1 / 8,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Found:
     """The largest multiple of ``unit`` up to ``bound`` that fits: doubling from ``unit``, then bisection.

@@ -80,11 +80,11 @@ def build_training(case: StepCase, device: torch.device) -> Training:
 
 
 def _causal_lm(case: StepCase) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     shape = case.shape
-    configs: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-    config = configs[shape.family](
+    config_of: Any = {"llama": LlamaConfig, "qwen3": Qwen3Config}[shape.family]
+    config = config_of(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,

@@ -45,7 +45,7 @@ class StepProtocol:
 # On the CPU the high-water mark is the process's, so memory has a process per contestant.
 CPU_STEPS = StepProtocol()
 CPU_MEMORY = StepProtocol(check=False, memory=True, time=False)
-GPU_STEPS = StepProtocol(rounds=3, repeats=3, warm=1, memory=True)
+GPU_STEPS = StepProtocol(rounds=3, repeats=2, warm=1, memory=True)
 
 
 @dataclass(frozen=True)
