@@ -111,10 +111,11 @@ def default_schedule(args: argparse.Namespace, deadline: float) -> Schedule:
         for of_case, case in zip(jobs, timed, strict=True):
             # A high-water mark is a process's. The quick run shows the machinery on two of them.
             of_case += [job(case, (name,), CPU_MEMORY) for name in (names[:2] if args.quick else names)]
-    who = [name for name in names if _is_searched(name, args.device)]
-    who = who[:2] if args.quick else who
+    who = [(name,) for name in names if _is_searched(name, args.device)]
+    if args.quick:
+        who = [names[:2]]
     searches = _searches(args)
-    limits = [[job(case, (name,), protocol, *searches) for name in who] for case in searched if args.limits]
+    limits = [[job(case, group, protocol, *searches) for group in who] for case in searched if args.limits]
     # The first case of each model, what fits of the first, and so on: a short run has something of everything.
     ordered = [*jobs[:2], *limits[:1], *jobs[2:4], *limits[1:], *jobs[4:]]
     return Schedule(tuple(one for group in ordered for one in group), tuple(dict.fromkeys((*timed, *searched))))

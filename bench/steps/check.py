@@ -91,7 +91,7 @@ def _exact_head(
     rows: Tensor, weight: Tensor, targets: Tensor, batch: StepBatch, wants_weight: bool
 ) -> tuple[float, Tensor, Tensor | None]:
     """Loss, d_rows (M, D) and d_weight (V, D) of ``rows`` (M, D) with labels ``targets`` (M,)."""
-    exact = torch.float64 if rows.dtype == torch.float32 else torch.float32
+    exact = torch.float64 if rows.dtype.itemsize >= 4 else torch.float32
     wide = weight.to(exact).requires_grad_(wants_weight)
 
     def logps_of(block: Tensor, labels: Tensor) -> Tensor:
@@ -119,7 +119,8 @@ def _read_gradients(training: Training, loss: float) -> Fingerprint:
         if parameter.grad is None:
             samples.append(torch.full((len(range(0, parameter.numel(), stride)),), float("nan")))
             continue
-        # A norm accumulated in float32 without a copy of the gradient in that dtype.
-        square += float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)) ** 2
+        # Accumulated in float32 at least, without a copy of the gradient in that dtype.
+        wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+        square += float(torch.linalg.vector_norm(parameter.grad, dtype=wide)) ** 2
         samples.append(parameter.grad.flatten()[::stride].float().cpu())
     return Fingerprint(loss, square**0.5, torch.cat(samples))

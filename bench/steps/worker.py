@@ -76,7 +76,13 @@ AnyRow: TypeAlias = StepRow | LimitRow
 
 
 def run_step_job(job: StepJob, timeout: float) -> Iterator[AnyRow]:
-    """Rows of a job as a child process reports them; what it did not deliver follows, with the reason."""
+    """Rows of a job as a child process reports them; what it did not deliver follows, with the reason.
+
+    Nothing is started after the job's deadline.
+    """
+    if time.time() >= job.deadline:
+        yield from (replace(row, status=NOT_FINISHED, reason=OUT_OF_TIME) for row in expected_rows(job))
+        return
     latest: dict[tuple[str, str], AnyRow] = {}
     with tempfile.TemporaryFile("w+") as errors:
         reason = ""
@@ -87,13 +93,14 @@ def run_step_job(job: StepJob, timeout: float) -> Iterator[AnyRow]:
             row: AnyRow = limit_row_from(record["limit"]) if "limit" in record else step_row_from(record["step"])
             latest[_key(row)] = row
             yield row
+    # A child that ended well left out what its deadline forbade.
+    reason = reason or OUT_OF_TIME
+    status = NOT_FINISHED if reason.startswith("not ") else FAILED
     for row in expected_rows(job):
         delivered = latest.get(_key(row), row)
-        status = NOT_FINISHED if reason.startswith("not ") else FAILED
-        if delivered is row:
-            yield replace(row, status=status, reason=reason or OUT_OF_TIME)
-        elif isinstance(delivered, StepRow) and _lacks_time(delivered, job.protocol):
-            yield replace(delivered, status=status, reason=reason or OUT_OF_TIME)
+        lacks_time = isinstance(delivered, StepRow) and _lacks_time(delivered, job.protocol)
+        if delivered is row or lacks_time:
+            yield replace(delivered, status=status, reason=reason)
 
 
 def expected_rows(job: StepJob) -> list[AnyRow]:
