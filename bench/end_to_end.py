@@ -25,7 +25,7 @@ from bench.steps.contestants import STEP_CONTESTANTS
 from bench.steps.report import format_limit_row, format_step_row
 from bench.steps.results import WRONG, LimitRow, StepRow, write_step_run
 from bench.steps.runner import CPU_MEMORY, CPU_STEPS, GPU_STEPS, Bounds, StepProtocol
-from bench.steps.worker import Search, StepJob, run_step_job
+from bench.steps.worker import Search, StepJob, run_past_crashes
 from slime_fused.plan import parse_bytes
 
 # No process may take longer than this, so that one hang leaves the rest of the time to the others.
@@ -200,13 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         used = [case for case in schedule.cases if case.name in named]
         write_step_run(path, machine, settings, used, table.rows.values(), table.limits.values())
 
+    def time_left() -> float:
+        return min(deadline + _GRACE_S - time.time(), _PROCESS_LIMIT_S[args.device])
+
     for job in schedule.jobs:
         names = tuple(name for name in job.contestants if table.is_measurable(job.case.name, name))
         if not names:
             continue
         started = time.time()
-        limit = min(deadline + _GRACE_S - started, _PROCESS_LIMIT_S[args.device])
-        for row in run_step_job(replace(job, contestants=names), limit):
+        for row in run_past_crashes(replace(job, contestants=names), time_left):
             table.take(row, job.protocol)
             store()
             if isinstance(row, LimitRow):

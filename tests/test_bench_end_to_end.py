@@ -27,7 +27,7 @@ from bench.steps.model import build_training, held_bytes, training_step
 from bench.steps.report import draw_steps, steps_markdown, stored_step_runs
 from bench.steps.results import NOT_FINISHED, WRONG, LimitRow, StepRow, read_step_run, round_ratios
 from bench.steps.runner import CPU_MEMORY, CPU_STEPS, Bounds, StepProtocol, run_step_case
-from bench.steps.worker import Search, StepJob, run_step_job
+from bench.steps.worker import Search, StepJob, run_past_crashes, run_step_job
 from bench.worker import OUT_OF_TIME
 
 CPU = torch.device("cpu")
@@ -266,6 +266,28 @@ def test_a_process_that_dies_keeps_the_rows_that_it_delivered(monkeypatch, tmp_p
     assert {row.status for row in run_step_job(_job(), 30.0)} == {FAILED}
 
 
+def test_contestants_run_again_without_the_one_that_killed_their_process(monkeypatch):
+    begun = []
+
+    def run(job, timeout):
+        begun.append(job.contestants)
+        died = "process ended with code 3: CUDA error"
+        if "naive" in job.contestants:
+            yield StepRow(TINY.name, "slime_fused", FAILED, died, error_loss=1e-7)
+            yield StepRow(TINY.name, "naive", FAILED, died)
+            yield StepRow(TINY.name, "trl-fused-head", FAILED, died)
+        else:
+            yield StepRow(TINY.name, "slime_fused", samples_ms=(2.0,))
+            yield StepRow(TINY.name, "trl-fused-head", FAILED, "ImportError: x")
+
+    monkeypatch.setattr(worker, "run_step_job", run)
+    names = ("slime_fused", "naive", "trl-fused-head")
+    rows = {row.contestant: row for row in run_past_crashes(_job(contestants=names), lambda: 60.0)}
+    assert begun == [names, ("slime_fused", "trl-fused-head")]
+    assert [rows[name].status for name in names] == [OK, FAILED, FAILED]
+    assert rows["naive"].reason.startswith("process ended")
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -321,11 +343,11 @@ def test_memory_joins_the_timed_row_and_its_failure_leaves_the_time():
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
-    def interrupted(job, timeout):
+    def interrupted(job, time_left):
         yield StepRow(job.case.name, "naive", samples_ms=(2.0,), median_ms=2.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(end_to_end, "run_step_job", interrupted)
+    monkeypatch.setattr(end_to_end, "run_past_crashes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         end_to_end.main(["--device", "cpu", "--quick", "--out", str(tmp_path)])
     run = read_step_run(tmp_path / "end_to_end.json")
@@ -334,10 +356,10 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(monkeypatch, tmp_path):
 
 
 def test_a_wrong_row_of_this_package_is_no_success(monkeypatch, tmp_path):
-    def wrong(job, timeout):
+    def wrong(job, time_left):
         yield StepRow(job.case.name, "slime_fused", WRONG, "why")
 
-    monkeypatch.setattr(end_to_end, "run_step_job", wrong)
+    monkeypatch.setattr(end_to_end, "run_past_crashes", wrong)
     arguments = [
         "--device",
         "cpu",

@@ -65,6 +65,7 @@ def build_training(case: StepCase, device: torch.device) -> Training:
         model = _causal_lm(case)
         if case.trains == "lora":
             model = _with_lora(model, case.lora_rank)
+    model.to(device)
     if case.checkpointing:
         # The newer name where there is one: the older warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -30,6 +30,7 @@ from bench.steps.results import NOT_FINISHED, LimitRow, Quantity, StepRow, limit
 from bench.steps.runner import Bounds, StepProtocol, find_limit, run_step_case
 from bench.worker import OUT_OF_TIME
 
+_DIED = "process ended"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _ROOT = Path(__file__).parent.parent.parent
 # Without it, the pieces that one contestant's logits leave in the allocator's cache may not fit the next one's.
@@ -103,6 +104,26 @@ def run_step_job(job: StepJob, timeout: float) -> Iterator[AnyRow]:
             yield replace(delivered, status=status, reason=reason)
 
 
+def run_past_crashes(job: StepJob, time_left: Callable[[], float]) -> Iterator[AnyRow]:
+    """Rows of a job; where the process dies while a contestant is checked, the others run again without it.
+
+    ``time_left``: the time limit, in seconds, of a process that begins now.
+    """
+    names = job.contestants
+    while names:
+        latest: dict[str, AnyRow] = {}
+        for row in run_step_job(replace(job, contestants=names), time_left()):
+            latest[row.contestant] = row
+            yield row
+        lost = [name for name in names if latest[name].reason.startswith(_DIED)]
+        unchecked = [name for name in lost if _is_unchecked(latest[name])]
+        names = tuple(name for name in lost if name != unchecked[0]) if unchecked else ()
+
+
+def _is_unchecked(row: AnyRow) -> bool:
+    return isinstance(row, StepRow) and row.error_loss is None
+
+
 def expected_rows(job: StepJob) -> list[AnyRow]:
     """Empty rows of everything that a job is to deliver."""
     if job.searches:
@@ -154,7 +175,7 @@ def _child_lines(job: str, timeout: float, errors: IO[str]) -> Iterator[dict[str
     elif code != 0:
         errors.seek(0)
         last = [line for line in errors.read().splitlines() if line.strip()][-1:]
-        yield {"reason": f"process ended with code {code}: {' '.join(last)[:300]}"}
+        yield {"reason": f"{_DIED} with code {code}: {' '.join(last)[:300]}"}
 
 
 def main(job_text: str) -> int:
