@@ -111,7 +111,7 @@ def default_schedule(args: argparse.Namespace, deadline: float) -> Schedule:
         for of_case, case in zip(jobs, timed, strict=True):
             # A high-water mark is a process's. The quick run shows the machinery on two of them.
             of_case += [job(case, (name,), CPU_MEMORY) for name in (names[:2] if args.quick else names)]
-    who = [(name,) for name in names if _is_searched(name, args.device)]
+    who: list[tuple[str, ...]] = [(name,) for name in names if _is_searched(name, args.device)]
     if args.quick:
         who = [names[:2]]
     searches = _searches(args)
@@ -145,7 +145,7 @@ def _searches(args: argparse.Namespace) -> tuple[Search, Search]:
         room = args.room or 16 * MIB
         return Search("length", Bounds(64, 512), room), Search("pairs", Bounds(1, 8), room)
     room = args.room or GIB
-    return Search("length", Bounds(128, 8192), room), Search("pairs", Bounds(1, 32), room)
+    return Search("length", Bounds(128, 4096), room), Search("pairs", Bounds(1, 16), room)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

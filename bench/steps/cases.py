@@ -159,8 +159,8 @@ GPU_CASES = (
     _gpu_case("llama3.2-1b", 2, 512),
 )
 CPU_CASES = (
-    StepCase("smollm2-135m", 30, "lora", 2, 256, "float32"),
-    StepCase("smollm2-135m", 8, "all", 2, 512, "float32"),
+    StepCase("smollm2-135m", 30, "lora", 2, 128, "float32"),
+    StepCase("smollm2-135m", 8, "all", 2, 384, "float32"),
 )
 QUICK_CASES = (StepCase("tiny", 2, "lora", 2, 32, "float32", lora_rank=4),)
 

@@ -34,7 +34,7 @@ class StepProtocol:
     the median counts.
     """
 
-    rounds: int = 5
+    rounds: int = 4
     repeats: int = 1
     warm: int = 0
     check: bool = True
