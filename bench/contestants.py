@@ -124,14 +124,14 @@ def _build_reference(case: Case, data: Data) -> Step:
     )
 
 
-def _full_logits_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def full_logits_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Per-position log-probabilities (N,) by F.cross_entropy over full logits (N, V), upcast to float32."""
     logits = F.linear(hidden, weight).float()
     return -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def _build_compiled(case: Case, data: Data) -> Step:
-    compiled = torch.compile(_full_logits_logps, dynamic=False)
+    compiled = torch.compile(full_logits_logps, dynamic=False)
     return differentiate(data, lambda: slime_from_logps(compiled(data.hidden, data.weight, data.labels), data))
 
 
@@ -187,7 +187,7 @@ BASELINES = (
     logps_contestant(
         "naive-cross-entropy",
         "baseline",
-        lambda data: _full_logits_logps(data.hidden, data.weight, data.labels),
+        lambda data: full_logits_logps(data.hidden, data.weight, data.labels),
         "F.cross_entropy over full float32 logits, SLIME terms in PyTorch",
     ),
     Contestant("naive-compiled", "compiled", "slime", _build_compiled, "the same through torch.compile"),

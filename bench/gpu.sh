@@ -131,7 +131,7 @@ import_modules() {
 import importlib
 for name in ("bench.cases", "bench.contestants", "bench.cpu", "bench.gpu", "bench.measure", "bench.oracle",
              "bench.peers", "bench.registry", "bench.report", "bench.results", "bench.runner", "bench.sanitize",
-             "bench.worker", "bench.micro.row_kernels", "bench.micro.triton_kernels"):
+             "bench.worker", "bench.end_to_end", "bench.micro.row_kernels", "bench.micro.triton_kernels"):
     importlib.import_module(name)
     print("imported", name)
 PY

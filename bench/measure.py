@@ -128,12 +128,13 @@ def _resident_peak(step: Step) -> int:
     # Writing 5 resets the high-water mark to what is resident now (proc(5), Linux 4.0).
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size that the kernel keeps of this process, by its name in proc(5): VmRSS, VmHWM, VmData."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

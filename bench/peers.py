@@ -49,13 +49,13 @@ def _needs(*modules: str, gpu: bool = True) -> Refusal:
 # --- TRL: the fused head of its trainers -----------------------------------------------------------------------
 
 
-def _trl_logps(data: Data) -> Tensor:
+def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """TRL's fused head on the rows that carry a label, scattered back: what `add_fused_lm_head` runs."""
     from trl.kernels import ChunkedLogProbFunction
 
-    mask = data.labels != IGNORE_INDEX
+    mask = labels != IGNORE_INDEX
     logps, *_ = ChunkedLogProbFunction.apply(
-        data.hidden[mask], data.weight, None, data.labels[mask], 1.0, _TRL_VOCAB_TILE, None, 1.0, ("log_probs",)
+        hidden[mask], weight, None, labels[mask], 1.0, _TRL_VOCAB_TILE, None, 1.0, ("log_probs",)
     )
     return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
 
@@ -154,7 +154,7 @@ PEERS = (
     logps_contestant(
         "trl-fused-head",
         "trl",
-        _trl_logps,
+        lambda data: trl_logps(data.hidden, data.weight, data.labels),
         "ChunkedLogProbFunction as its trainers call it; SLIME terms in PyTorch",
         refuses=_needs("trl", "datasets", gpu=False),
     ),

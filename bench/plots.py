@@ -25,7 +25,7 @@ def draw(run: Run, kind: str, folder: Path) -> list[Path]:
         panels = [(case, bars) for case, bars in panels if len(bars) > 1]
         if panels:
             path = folder / f"{kind}_{name}.png"
-            _draw_panels(panels, title, path)
+            draw_panels(panels, title, path)
             written.append(path)
     return written
 
@@ -44,7 +44,8 @@ def _colour(name: str) -> str:
     return _OURS if "slime_fused" in name else _OTHERS
 
 
-def _draw_panels(panels: Sequence[tuple[str, list[tuple[str, float]]]], title: str, path: Path) -> None:
+def draw_panels(panels: Sequence[tuple[str, list[tuple[str, float]]]], title: str, path: Path) -> None:
+    """One panel of horizontal bars per (title, [(name, value)])."""
     import matplotlib
 
     matplotlib.use("Agg")

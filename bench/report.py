@@ -1,7 +1,7 @@
 """Result files as markdown: `python -m bench.report` rewrites the tables between markers in README.md.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu` or `gpu`. Plots go to
-docs/ beside it. Only committed result files are read, so every number in a table has its raw samples.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu`, `gpu` or `end_to_end`. Plots
+go to docs/ beside it. Only committed result files are read, so every number in a table has its raw samples.
 """
 
 from __future__ import annotations
@@ -172,7 +172,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for path in draw(runs[0], kind, args.plots):
                 print(f"wrote {path}")
+    _report_steps(args)
     return 0
+
+
+def _report_steps(args: argparse.Namespace) -> None:
+    """Whole training steps; their place says what has not run, so it is written without a result file too."""
+    from bench.steps.report import draw_steps, steps_markdown, stored_step_runs
+
+    runs = stored_step_runs(args.results)
+    content = steps_markdown(runs)
+    if args.print:
+        print(content)
+        return
+    text = args.readme.read_text()
+    if "<!-- bench:end_to_end -->" in text:
+        args.readme.write_text(splice(text, "end_to_end", content))
+    if args.plots is not None:
+        for kind_runs in ([r for r in runs if "gpu" in r.machine], [r for r in runs if "gpu" not in r.machine]):
+            for path in draw_steps(kind_runs[0], args.plots) if kind_runs else ():
+                print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,11 @@ def write_run(
         "cases": {case.name: asdict(case) for case in cases},
         "rows": [asdict(row) for row in rows],
     }
+    write_payload(path, payload)
+
+
+def write_payload(path: Path, payload: dict[str, Any]) -> None:
+    """Write a result file whole: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(payload, indent=1) + "\n")

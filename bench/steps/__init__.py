@@ -1,0 +1,1 @@
+"""Whole training steps of real model shapes: what `bench.end_to_end` runs."""
