@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.micro.common import GIB, fill_with_logits, first_line, time_ms
+from bench.micro.common import GIB, fill_with_logits, first_line, synchronize, time_ms
 from slime_fused.backends import get_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss
 
@@ -220,6 +220,7 @@ class RowBench:
             prepare = None if kernel == "logits_stats" else self.restore
             return self._timed(kernel, name, lambda: run(plan), visits, problem, prepare)
         except Exception as error:  # each library has its own for a launch that the device refuses
+            synchronize(self.device)  # raises after a fault, which leaves nothing to go on with
             return Result(self.case.name, kernel, name, None, 0, 0, 0, None, first_line(error))
 
     def measure_scale(self) -> list[Result]:

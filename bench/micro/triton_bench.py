@@ -13,7 +13,7 @@ from slime_fused.triton_kernels import configs, linear_stats, rows
 from slime_fused.triton_kernels.configs import LinearConfig, RowConfig
 from torch import Tensor
 
-from bench.micro.common import first_line, time_ms
+from bench.micro.common import first_line, synchronize, time_ms
 from slime_fused.backends.base import HeadTransform, TokenLoss
 
 CHECKED_ROWS = 64
@@ -173,6 +173,7 @@ class LinearBench:
             error = max(error, float((self.out[2][self.sample].double() - self.exact_label).abs().max()))
             ms, spread = time_ms(self.device, run, repeats=self.repeats)
         except Exception as failure:
+            synchronize(self.device)  # raises after a fault, which leaves nothing to go on with
             return LinearResult(self.name, "linear_stats", short(config), None, 0, 0, 0, None, first_line(failure))
         # An ulp of bfloat16 at 8: products are summed in other orders.
         is_right = error < 4e-2
