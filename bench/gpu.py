@@ -23,6 +23,9 @@ from bench.registry import CONTESTANTS, families
 from bench.report import format_rows
 from bench.results import (
     FAILED,
+    NOT_FINISHED,
+    NOT_FINISHED_CODE,
+    OK,
     UNSUPPORTED,
     Row,
     describe_machine,
@@ -89,14 +92,16 @@ def _retry_alone(job: Job, rows: Sequence[Row], on_row: Callable[[Row], None] | 
 
 
 def merge(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows by (case, contestant): a later row replaces an earlier one unless it only says that it failed."""
+    """Rows by (case, contestant): a later row replaces an earlier one unless it knows less.
+
+    The products are timed once per process; the first reading stands, each row keeps its own.
+    """
+    known = {NOT_FINISHED: 0, FAILED: 1, UNSUPPORTED: 2, OK: 3}
     table = {(row.case, row.contestant): row for row in rows}
     for row in new:
         key = (row.case, row.contestant)
-        if key not in table or row.status != FAILED or table[key].status == FAILED:
-            # The products are timed once per process; the first reading stands, each row keeps its own.
-            if row.contestant == "products" and key in table and table[key].status != FAILED:
-                continue
+        before = known[table[key].status] if key in table else -1
+        if known[row.status] > before or (known[row.status] == before and row.contestant != "products"):
             table[key] = row
     return list(table.values())
 
@@ -114,7 +119,7 @@ def earlier_rows(path: Path, machine: dict[str, Any]) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit code says whether any row of this package failed."""
+    """Run the benchmark. Exit code 1: a row of this package failed; else 3: one was not finished; else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file")
     parser.add_argument("--stage", choices=STAGES, default=None, help="default: both")
@@ -153,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep(batch)
         print(format_rows(batch, ALL_CASES), flush=True)
     print(f"wrote {path}")
-    return int(any(row.status == FAILED and "slime_fused" in row.contestant for row in rows))
+    ours = {row.status for row in rows if "slime_fused" in row.contestant}
+    return 1 if FAILED in ours else NOT_FINISHED_CODE if NOT_FINISHED in ours else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ from bench.peers import peer_versions
 
 RESULTS = Path(__file__).parent / "results"
 OK, UNSUPPORTED, FAILED = "ok", "unsupported", "failed"
+# Out of time, which says nothing about the contestant.
+NOT_FINISHED = "not finished"
+NOT_FINISHED_CODE = 3
+"""The exit code of a command that left something out for want of time and found nothing wrong."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import ALL_CASES
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, Row, row_from
+from bench.results import FAILED, NOT_FINISHED, Row, row_from
 from bench.runner import DeviceLost, Protocol, run_case
 
 _ROOT = Path(__file__).parent.parent
@@ -77,9 +77,10 @@ def _whole_rows(lines: TextIO) -> list[Row]:
 
 
 def lost_row(case: str, name: str, reason: str) -> Row:
-    """The row of a contestant that could not deliver one."""
+    """The row of a contestant that could not deliver one: out of time, or failed."""
     contestant = CONTESTANTS[name]
-    return Row(case, name, contestant.objective, FAILED, reason, contestant.note)
+    status = NOT_FINISHED if reason.startswith(("not started", "not finished")) else FAILED
+    return Row(case, name, contestant.objective, status, reason, contestant.note)
 
 
 def _run_child(command: Sequence[str], timeout: float, poll: Callable[[], None]) -> str:

@@ -19,7 +19,7 @@ from bench import cpu, gpu, heats
 from bench.cases import GPU_CASES, HEADLINE, HEADLINES
 from bench.contestants import SMALL_WORKSPACE
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run
+from bench.results import FAILED, NOT_FINISHED, NOT_FINISHED_CODE, OK, UNSUPPORTED, Row, read_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.plan import Problem, make_plan, parse_bytes
@@ -98,7 +98,7 @@ def test_a_worker_that_dies_leaves_rows_that_say_so(monkeypatch):
 @pytest.mark.slow
 def test_a_worker_past_its_deadline_begins_nothing():
     rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() - 1), 60)
-    assert [(row.status, row.reason) for row in rows] == [(FAILED, OUT_OF_TIME)]
+    assert [(row.status, row.reason) for row in rows] == [(NOT_FINISHED, OUT_OF_TIME)]
 
 
 def test_a_worker_that_hangs_is_stopped(monkeypatch, tmp_path):
@@ -107,7 +107,7 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch, tmp_path):
     hanging.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(hanging))
     rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() + 60), timeout=1.0)
-    assert rows[0].status == FAILED
+    assert rows[0].status == NOT_FINISHED
     assert rows[0].reason == "not finished within 1 s"
 
 

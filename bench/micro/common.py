@@ -15,7 +15,7 @@ from torch import Tensor
 
 import slime_fused
 from bench.clocks import read_clocks
-from bench.results import describe_machine, write_json
+from bench.results import NOT_FINISHED_CODE, describe_machine, write_json
 
 GIB = 1 << 30
 
@@ -60,9 +60,11 @@ class Report:
         self.payload |= entries
         self._write()
 
-    def finish(self) -> None:
-        """Note the clocks at the end, and that nothing was left out."""
-        self.put(finished=True, seconds=round(self.seconds, 1), clocks_at_end=read_clocks())
+    def finish(self, *, has_failed: bool = False) -> int:
+        """Note the clocks at the end; the exit code: 1 for a failure, else 3 where cases were left out, else 0."""
+        is_whole = "left_out" not in self.payload
+        self.put(finished=is_whole, seconds=round(self.seconds, 1), clocks_at_end=read_clocks())
+        return 1 if has_failed else 0 if is_whole else NOT_FINISHED_CODE
 
     def _write(self) -> None:
         if self.path is not None:

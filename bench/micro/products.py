@@ -117,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed += result.milliseconds is None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report.finish()
-    return int(failed > 0)
+    return report.finish(has_failed=failed > 0)
 
 
 if __name__ == "__main__":

@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out.with_suffix(".txt").write_text("\n\n".join(texts) + "\n")
         print(texts[-1])
         del data
-    report.finish()
-    return 0
+    return report.finish()
 
 
 if __name__ == "__main__":

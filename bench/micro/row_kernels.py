@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print_results(f"{case.name}, {case.rows} rows, {layout}", measured)
-    report.finish()
-    return int(wrong > 0)
+    return report.finish(has_failed=wrong > 0)
 
 
 if __name__ == "__main__":

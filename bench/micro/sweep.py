@@ -204,9 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.empty_cache()
         if args.out is not None:
             args.out.with_suffix(".md").write_text(winners_markdown(report.results))
-    report.finish()
     print(winners_markdown(report.results))
-    return int(any(result["correct"] is False for result in report.results))
+    return report.finish(has_failed=any(result["correct"] is False for result in report.results))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    report.finish()
-    return int(wrong > 0)
+    return report.finish(has_failed=wrong > 0)
 
 
 def _capability(device: torch.device) -> int:
