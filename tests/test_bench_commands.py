@@ -19,7 +19,7 @@ from bench import cpu, gpu, heats
 from bench.cases import GPU_CASES, HEADLINE, HEADLINES
 from bench.contestants import SMALL_WORKSPACE
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, NOT_FINISHED, NOT_FINISHED_CODE, OK, UNSUPPORTED, Row, read_run
+from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.plan import Problem, make_plan, parse_bytes
