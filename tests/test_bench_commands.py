@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,6 @@ from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.plan import Problem, make_plan, parse_bytes
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "bench" / "gpu.sh"
 QUICK = Protocol(rounds=1)
 
 
@@ -226,66 +224,6 @@ def test_selection_restricts_cases_and_contestants():
     assert {case.name for heat in chosen for case in heat.cases} == {HEADLINE.name}
     both = heats.selected(heats.stage_heats(None), ["quick-fp32"], ["naive"])
     assert [([c.name for c in heat.cases], heat.contestants) for heat in both] == [(["quick-fp32"], ("naive",))]
-
-
-# --- bench/gpu.sh ------------------------------------------------------------------------------------------------
-
-
-def test_gpu_script_parses():
-    assert _run("bash", "-n", str(SCRIPT)).returncode == 0
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_gpu_script_passes_shellcheck():
-    done = _run("shellcheck", str(SCRIPT))
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-def test_gpu_script_dry_run_prints_every_command_and_imports_every_module(tmp_path):
-    done = _run("bash", str(SCRIPT), DRY_RUN="1", OUT=str(tmp_path), PYTHON=sys.executable, WHEELS=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    parts = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("DRY_RUN ")]
-    expected = [
-        "environment",
-        "wheels",
-        "machine",
-        "build",
-        "stream-tests",
-        "tests-alone",
-        "tests",
-        "memcheck",
-        "racecheck",
-    ]
-    assert parts[: len(expected)] == expected
-    assert parts[-1] == "bench"
-    modules = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "test_cpu", "plots"}
-    imported = {line.split("bench.")[1] for line in done.stdout.splitlines() if line.startswith("imported")}
-    assert imported == modules | {"micro.row_kernels", "micro.triton_kernels"}
-
-
-@pytest.mark.slow
-def test_gpu_script_goes_on_after_a_failure_and_reports_it(tmp_path):
-    # Without a GPU the benchmark part fails; that is no correctness failure, so the script still succeeds.
-    done = _run("bash", str(SCRIPT), STEPS="machine bench", OUT=str(tmp_path), PYTHON=sys.executable)
-    if "bench          ok" in done.stdout:
-        pytest.skip("this machine has a GPU")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bench          rc=2" in done.stdout
-    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
-        names = archive.getnames()
-        bench_log = archive.extractfile("logs/bench.log")
-        assert bench_log is not None
-        assert b"no CUDA device is visible" in bench_log.read()
-    assert {"logs/machine.log", "logs/summary.txt"} <= set(names)
-    assert len(list(tmp_path.iterdir())) <= 8
-
-
-@pytest.mark.slow
-def test_gpu_script_fails_where_a_correctness_step_fails(tmp_path):
-    done = _run("bash", str(SCRIPT), STEPS="machine", OUT=str(tmp_path), PYTHON="/bin/false")
-    assert done.returncode == 1
-    assert "environment    rc=1" in done.stdout
 
 
 @pytest.mark.slow
