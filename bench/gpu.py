@@ -39,7 +39,7 @@ from bench.worker import OUT_OF_TIME, Job, lost_row, run_job
 # No process may take longer than this, so that one hang leaves most of the budget to the others.
 _PROCESS_LIMIT_S = 150.0
 # What a process may still take when the budget ends, to finish the case that it is in.
-GRACE_S = 15.0
+GRACE_S = 12.0
 
 
 def run_heats(

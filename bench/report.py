@@ -154,8 +154,9 @@ def splice(text: str, name: str, content: str) -> str:
 
 
 def stored_runs(kind: str, results: Path = RESULTS) -> list[Run]:
-    """All runs of a kind (`cpu` or `gpu`), newest first."""
+    """All runs of a kind (`cpu` or `gpu`), newest first; a GPU benchmark that was tried on a CPU is none."""
     runs = [read_run(path) for path in sorted(results.glob(f"*/{kind}.json"))]
+    runs = [run for run in runs if kind != "gpu" or run.machine.get("gpu")]
     return sorted(runs, key=lambda run: run.machine["date"], reverse=True)
 
 

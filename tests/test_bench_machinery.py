@@ -286,6 +286,14 @@ def test_report_command_rewrites_the_readme_and_draws_plots(tmp_path):
     assert readme.read_text() == before
 
 
+def test_a_gpu_run_that_was_tried_on_a_cpu_is_in_no_table(tmp_path):
+    _write(tmp_path / "toy" / "gpu.json")
+    assert report.stored_runs("gpu", tmp_path) == []
+    path = _write(tmp_path / "real" / "gpu.json")
+    path.write_text(path.read_text().replace('"cpu": "A CPU"', '"cpu": "A CPU", "gpu": "A GPU"'))
+    assert [run.machine["gpu"] for run in report.stored_runs("gpu", tmp_path)] == ["A GPU"]
+
+
 def test_plots_are_drawn_for_cases_with_something_to_compare(tmp_path):
     one, two = ROWS[1], replace(ROWS[1], contestant="naive", peak_bytes=None)
     run = Run({}, {}, {"case": asdict(CASE)}, (one, two))

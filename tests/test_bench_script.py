@@ -154,6 +154,7 @@ def test_settings_are_read_from_the_environment(tmp_path):
     assert read.cases == ("x", "y")
     assert (read.cuda, read.is_toy, read.limit) == (False, True, 60.0)
     assert read_settings({}).cuda
+    assert read_settings({"DEVICE": "cpu"}).out == ROOT / "build" / "gpu-toy"  # never among committed results
 
 
 @pytest.mark.parametrize(

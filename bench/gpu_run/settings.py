@@ -77,8 +77,9 @@ def read_settings(variables: Mapping[str, str] = os.environ) -> Settings:
         limit = float(variables.get("LIMIT") or 560)
     except ValueError:
         raise ValueError(f"LIMIT: expected seconds, got {variables['LIMIT']!r}") from None
-    name = "cpu-toy" if device == "cpu" else slug(ask_gpu("name") or "no-gpu")
-    out = Path(variables.get("OUT") or ROOT / "bench" / "results" / name).absolute()
+    # Toy numbers must not lie where results are committed.
+    place = "build/gpu-toy" if device == "cpu" else f"bench/results/{slug(ask_gpu('name') or 'no-gpu')}"
+    out = Path(variables.get("OUT") or ROOT / place).absolute()
     python = shutil.which(variables.get("PYTHON") or sys.executable) or sys.executable
     prebuilt = variables.get("PREBUILT")
     return Settings(
