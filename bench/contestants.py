@@ -16,6 +16,7 @@ from torch import Tensor
 import slime_fused
 from bench.cases import IGNORE_INDEX, Case, Data
 from slime_fused import reference
+from slime_fused.plan import Operation, Plan
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Contestant:
     build: Callable[[Case, Data], Step]
     note: str = ""
     refuses: Refusal = _never
+    backend: str = ""
+    """This package's contestants: the backend that is asked for, "auto" included."""
+    explain: Callable[[Case, Data], Plan] | None = None
+    """This package's contestants: the plan of the call that the step makes."""
 
     def supports(self, case: Case, device: torch.device) -> str | None:
         """None where it runs ``case`` on ``device``, else the reason why not."""
@@ -89,12 +94,27 @@ def logps_contestant(
 # --- the floor: the matrix products alone ----------------------------------------------------------------------
 
 
+# Rows whose float32 softmax is formed at a time.
+_RESIDUAL_BLOCK = 256
+
+
+def softmax_residual_(logits: Tensor, labels: Tensor) -> None:
+    """``logits`` (M, V) becomes softmax - onehot(``labels``) (M,) in place, a few rows at a time in float32.
+
+    The operand that the products of a step really have: a GPU's rate depends on the bits it multiplies.
+    """
+    for rows, targets in zip(logits.split(_RESIDUAL_BLOCK), labels.split(_RESIDUAL_BLOCK), strict=True):
+        residual = torch.softmax(rows.float(), 1)
+        residual.scatter_add_(1, targets[:, None], residual.new_full((len(targets), 1), -1.0))
+        rows.copy_(residual)
+
+
 def _build_products(case: Case, data: Data) -> Step:
     x = data.hidden.detach().index_select(0, data.rows)  # (M, D)
     w = data.weight.detach()  # (V, D)
-    # A residual-like matrix, not zeros: the rate of a product depends on its operands' bits.
     logits = torch.mm(x, w.t())  # (M, V)
-    residual = torch.empty_like(logits).uniform_(-1e-3, 1e-3)
+    residual = logits.clone()
+    softmax_residual_(residual, data.labels.index_select(0, data.rows))
     d_x = torch.empty_like(x)
     d_w = None if case.frozen_head else torch.empty_like(w)
     loss = torch.zeros((), device=x.device)
@@ -215,6 +235,23 @@ BASELINES = (
 # --- this package ----------------------------------------------------------------------------------------------
 
 
+def planned(operation: Operation, backend: str, workspace: int | str | None) -> Callable[[Case, Data], Plan]:
+    """The plan of a call of this package with the case's shapes; ``workspace`` None takes the case's."""
+
+    def explain(case: Case, data: Data) -> Plan:
+        return slime_fused.explain_plan(
+            data.hidden,
+            data.weight,
+            data.labels,
+            cu_seqlens=data.cu_seqlens,
+            loss=operation,
+            backend=backend,
+            workspace=workspace if workspace is not None else case.workspace or "auto",
+        )
+
+    return explain
+
+
 def ours(
     name: str, backend: str = "auto", workspace: int | str | None = None, note: str = "", family: str = "ours"
 ) -> Contestant:
@@ -235,7 +272,15 @@ def ours(
 
         return differentiate(data, loss)
 
-    return Contestant(name, family, "slime", build, note or f'slime_loss, backend="{backend}"')
+    return Contestant(
+        name,
+        family,
+        "slime",
+        build,
+        note or f'slime_loss, backend="{backend}"',
+        backend=backend,
+        explain=planned("slime", backend, workspace),
+    )
 
 
 def _build_ours_logps(case: Case, data: Data) -> Step:
@@ -263,14 +308,30 @@ def ours_mean(
 
         return differentiate(data, loss)
 
-    return Contestant(name, family, "cross_entropy", build, note or "mean linear_cross_entropy")
+    return Contestant(
+        name,
+        family,
+        "cross_entropy",
+        build,
+        note or "mean linear_cross_entropy",
+        backend=backend,
+        explain=planned("cross_entropy", backend, workspace),
+    )
 
 
 OURS = (
     ours("slime_fused", note="slime_loss with the case's workspace"),
     ours("slime_fused-auto", workspace="auto", note='slime_loss, workspace="auto"'),
     ours("slime_fused-256MiB", workspace="256MiB", note='slime_loss, workspace="256MiB"'),
-    Contestant("slime_fused-logps", "ours", "slime", _build_ours_logps, "linear_logprobs, SLIME terms in PyTorch"),
+    Contestant(
+        "slime_fused-logps",
+        "ours",
+        "slime",
+        _build_ours_logps,
+        "linear_logprobs, SLIME terms in PyTorch",
+        backend="auto",
+        explain=planned("token", "auto", None),
+    ),
     ours_mean("ce-slime_fused"),
 )
 # One process each: a fault in one backend must not take the other's rows with it.
@@ -279,12 +340,12 @@ OURS_BACKENDS = tuple(
     for backend in ("cuda", "triton", "torch")
 )
 
-# Where fewer rows than `plan.FUSED_BELOW_ROWS` fit, backends with linear_stats take the plan "fused"; the other's
-# plans at that workspace are the yardstick: "resweep" for slime_loss, "stream" in small chunks for the mean loss.
+# Where fewer rows than `plan.FUSED_BELOW_ROWS` fit, backends with linear_stats take the plan "fused"; the others, for
+# which small chunks would add to a float32 dW, one chunk in the room of that dW: the yardstick.
 SMALL_WORKSPACE = "128MiB"
 OURS_SMALL = tuple(
     contestant
-    for backend, plans in (("triton", ("fused", "fused")), ("cuda", ("resweep", "stream")))
+    for backend, plans in (("triton", ("fused", "fused")), ("cuda", ("stream", "stream")))
     for contestant in (
         ours(
             f"slime_fused-{backend}-{SMALL_WORKSPACE}",

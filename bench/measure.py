@@ -38,6 +38,17 @@ class Timing:
         low, _, high = statistics.quantiles(self.samples, n=4)
         return (high - low) / self.median
 
+    def rounds(self, repeats: int) -> list[float]:
+        """The median of each round of ``repeats`` samples."""
+        return [
+            statistics.median(self.samples[i : i + repeats]) for i in range(0, len(self.samples), max(1, repeats))
+        ]
+
+    def ratios_to(self, other: Timing, repeats: int) -> tuple[float, ...]:
+        """Per round, this time over ``other``'s: a slow spell of the machine hits both and cancels."""
+        pairs = zip(self.rounds(repeats), other.rounds(repeats), strict=True)
+        return tuple(mine / theirs for mine, theirs in pairs)
+
 
 class Clock(Protocol):
     """Times one step on one kind of device."""

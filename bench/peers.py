@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from bench.cases import IGNORE_INDEX, Case, Data
-from bench.contestants import Contestant, Refusal, Step, differentiate, logps_contestant
+from bench.contestants import Contestant, Refusal, Step, differentiate, logps_contestant, planned
 
 # Vocabulary columns of one tile in TRL's trainers (its default; the token dimension is fixed at 4096).
 _TRL_VOCAB_TILE = 32768
 
 # Distribution names, for the versions in a result file.
-DISTRIBUTIONS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "nvidia-cutlass-dsl")
+DISTRIBUTIONS = (
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "unsloth",
+    "unsloth-zoo",
+    "rl-engine",
+)
 
 
 def peer_versions() -> dict[str, str]:
@@ -42,6 +51,22 @@ def _needs(*modules: str, gpu: bool = True) -> Refusal:
             return "its kernels need a GPU"
         missing = [module for module in modules if util.find_spec(module) is None]
         return f"not installed: {', '.join(missing)}" if missing else None
+
+    return refuses
+
+
+def _needs_hopper(*modules: str) -> Refusal:
+    """The same for kernels that compute capability 9.0 alone runs, and that take bfloat16 alone."""
+    installed = _needs(*modules)
+
+    def refuses(case: Case, device: torch.device) -> str | None:
+        reason = installed(case, device)
+        if reason is not None:
+            return reason
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) != (9, 0):
+            return f"its kernels need compute capability 9.0, this device has {major}.{minor}"
+        return None if case.dtype == "bfloat16" else f"its kernels take bfloat16, the case has {case.dtype}"
 
     return refuses
 
@@ -118,16 +143,61 @@ def _build_liger_mean(case: Case, data: Data) -> Step:
     return differentiate(data, lambda: module(data.weight, data.hidden, data.labels))
 
 
-# --- quack -----------------------------------------------------------------------------------------------------
-
-
-def _build_quack_mean(case: Case, data: Data) -> Step:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+def _build_liger_mean_sm90(case: Case, data: Data) -> Step:
+    """Its Hopper kernels for the mean loss: dX formed in forward, dW in backward."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import (
+        LigerFusedLinearCrossEntropySM90Function,
+    )
 
     return differentiate(
         data,
-        lambda: chunked_linear_cross_entropy(data.hidden, data.weight, data.labels, ignore_index=IGNORE_INDEX),
+        lambda: LigerFusedLinearCrossEntropySM90Function.apply(
+            data.hidden, data.weight, data.labels, IGNORE_INDEX, "mean"
+        ),
     )
+
+
+# --- Unsloth: the per-token log-probs of its preference trainers ------------------------------------------------
+
+
+def _unsloth_logps(data: Data) -> Tensor:
+    """`fused_linear_token_logps` with its defaults; only labelled rows reach the head."""
+    import unsloth  # noqa: F401  # unsloth_zoo refuses to be imported before it
+    from unsloth_zoo.fused_losses.preference_loss import fused_linear_token_logps
+
+    mask = data.labels != IGNORE_INDEX
+    out = fused_linear_token_logps(data.hidden, data.weight, None, data.labels.clamp(min=0), mask)
+    return out["per_token_logps"].float()
+
+
+# --- RL-Kernel: the linear log-prob of its Hopper extension -----------------------------------------------------
+
+
+def _rl_kernel_logps(data: Data) -> Tensor:
+    """`FusedLinearLogpSM90Op` on the rows that carry a label, as it knows no label to ignore."""
+    from rl_engine.kernels.ops.cuda.loss.linear_logp import FusedLinearLogpSM90Op
+
+    logps = FusedLinearLogpSM90Op()(
+        data.hidden.index_select(0, data.rows), data.weight, data.labels.index_select(0, data.rows)
+    )
+    return torch.zeros_like(data.labels, dtype=torch.float32).index_put((data.rows,), logps.float())
+
+
+# --- quack -----------------------------------------------------------------------------------------------------
+
+
+def _quack_mean(*, tuned: bool) -> Callable[[Case, Data], Step]:
+    def build(case: Case, data: Data) -> Step:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return differentiate(
+            data,
+            lambda: chunked_linear_cross_entropy(
+                data.hidden, data.weight, data.labels, ignore_index=IGNORE_INDEX, tuned=tuned
+            ),
+        )
+
+    return build
 
 
 # --- SimPO through this package, for Liger's preference path ---------------------------------------------------
@@ -147,7 +217,13 @@ def _build_ours_simpo(case: Case, data: Data) -> Step:
 
 
 OURS_SIMPO = Contestant(
-    "simpo-slime_fused", "ours", "simpo", _build_ours_simpo, "SimPO in PyTorch over linear_logprobs"
+    "simpo-slime_fused",
+    "ours",
+    "simpo",
+    _build_ours_simpo,
+    "SimPO in PyTorch over linear_logprobs",
+    backend="auto",
+    explain=planned("token", "auto", None),
 )
 
 PEERS = (
@@ -203,11 +279,41 @@ PEERS = (
         _needs("liger_kernel"),
     ),
     Contestant(
+        "ce-liger-sm90",
+        "liger-sm90",
+        "cross_entropy",
+        _build_liger_mean_sm90,
+        "mean LigerFusedLinearCrossEntropySM90Function (CuTe kernels)",
+        _needs_hopper("liger_kernel", "cutlass"),
+    ),
+    Contestant(
         "ce-quack",
         "quack",
         "cross_entropy",
-        _build_quack_mean,
-        "mean chunked_linear_cross_entropy, chunks of 4096 rows",
+        _quack_mean(tuned=False),
+        "mean chunked_linear_cross_entropy(tuned=False), chunks of 4096 rows",
         _needs("quack", "cutlass"),
+    ),
+    Contestant(
+        "ce-quack-tuned",
+        "quack-tuned",
+        "cross_entropy",
+        _quack_mean(tuned=True),
+        "the same with its default tuned=True, which tries every configuration on the first call of a shape",
+        _needs("quack", "cutlass"),
+    ),
+    logps_contestant(
+        "unsloth-logps",
+        "unsloth",
+        _unsloth_logps,
+        "fused_linear_token_logps of unsloth_zoo, defaults; SLIME terms in PyTorch",
+        refuses=_needs("unsloth", "unsloth_zoo"),
+    ),
+    logps_contestant(
+        "rl-kernel",
+        "rl-kernel",
+        _rl_kernel_logps,
+        "FusedLinearLogpSM90Op of RL-Kernel; SLIME terms in PyTorch",
+        refuses=_needs_hopper("rl_engine"),
     ),
 )

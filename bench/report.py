@@ -53,15 +53,27 @@ def tflops(row: Row, case: Case) -> float | None:
     return case.products * case.product_flops / (row.median_ms * 1e-3) / 1e12
 
 
+def over_products(row: Row) -> str:
+    """The median ratio to the bare products, and in brackets the lowest and highest of a round."""
+    between = row.ratio_range
+    spread = "" if between is None else f" ({between[0]:.3f}-{between[1]:.3f})"
+    return _number(row.over_products, ".3f") + spread
+
+
+def contestant(row: Row) -> str:
+    """The contestant's name, and what makes the row something else than the name says."""
+    return f"{row.contestant} [{row.warning}]" if row.warning else row.contestant
+
+
 def cells(row: Row, case: Case) -> tuple[str, ...]:
     """The cells of one row, in the order of the headings."""
     if row.status != OK:
-        return (row.case, row.contestant, f"{row.status}: {row.reason}", "", "", "", "", "")
+        return (row.case, contestant(row), f"{row.status}: {row.reason}", "", "", "", "", "")
     return (
         row.case,
-        row.contestant,
+        contestant(row),
         milliseconds(row.median_ms),
-        _number(row.over_products, ".3f"),
+        over_products(row),
         _number(tflops(row, case), ".3g"),
         mebibytes(row.peak_bytes),
         _number(row.error_d_hidden, ".1e"),
@@ -142,8 +154,9 @@ def splice(text: str, name: str, content: str) -> str:
 
 
 def stored_runs(kind: str, results: Path = RESULTS) -> list[Run]:
-    """All runs of a kind (`cpu` or `gpu`), newest first."""
+    """All runs of a kind (`cpu` or `gpu`), newest first; a GPU benchmark that was tried on a CPU is none."""
     runs = [read_run(path) for path in sorted(results.glob(f"*/{kind}.json"))]
+    runs = [run for run in runs if kind != "gpu" or run.machine.get("gpu")]
     return sorted(runs, key=lambda run: run.machine["date"], reverse=True)
 
 

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +18,15 @@ from typing import Any
 import torch
 
 from bench.cases import Case
+from bench.clocks import read_clocks
 from bench.peers import peer_versions
 
 RESULTS = Path(__file__).parent / "results"
 OK, UNSUPPORTED, FAILED = "ok", "unsupported", "failed"
+# Out of time, which says nothing about the contestant.
+NOT_FINISHED = "not finished"
+NOT_FINISHED_CODE = 3
+"""The exit code of a command that left something out for want of time and found nothing wrong."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,26 @@ class Row:
     error_loss: float | None = None
     error_d_hidden: float | None = None
     error_d_weight: float | None = None
+    ratios: tuple[float, ...] = ()
+    """Per round: the median of its samples over that of the bare products' samples in the same round."""
+    ran: dict[str, Any] = field(default_factory=dict)
+    """This package's rows: the backends whose kernels ran, the plan, and `build_info()`."""
+    warning: str = ""
+    """Why the row is not what its name says: it ran on another backend."""
 
     @property
     def over_products(self) -> float | None:
-        """Time over the time of the bare matrix products of the same run."""
+        """Time over the time of the bare matrix products of the same run: the median over the rounds."""
+        if self.ratios:
+            return statistics.median(self.ratios)
         if self.median_ms is None or not self.products_ms:
             return None
         return self.median_ms / self.products_ms
+
+    @property
+    def ratio_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest ratio of a round; None with fewer than two."""
+        return (min(self.ratios), max(self.ratios)) if len(self.ratios) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "driver": _command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "clocks": read_clocks(),
         }
     return machine
 
@@ -145,11 +165,11 @@ def write_run(
         "cases": {case.name: asdict(case) for case in cases},
         "rows": [asdict(row) for row in rows],
     }
-    write_payload(path, payload)
+    write_json(path, payload)
 
 
-def write_payload(path: Path, payload: dict[str, Any]) -> None:
-    """Write a result file whole: a reader sees the old one or the new one."""
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write (or rewrite) a JSON file so that no reader ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(payload, indent=1) + "\n")
@@ -158,7 +178,8 @@ def write_payload(path: Path, payload: dict[str, Any]) -> None:
 
 def row_from(record: dict[str, Any]) -> Row:
     """A row from its JSON object."""
-    return Row(**{**record, "samples_ms": tuple(record["samples_ms"])})
+    lists = {name: tuple(record.get(name, ())) for name in ("samples_ms", "ratios")}
+    return Row(**{**record, **lists})
 
 
 def read_run(path: Path) -> Run:

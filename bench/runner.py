@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import slime_fused
 from bench.cases import Case, Data, make_data
 from bench.contestants import Contestant, Gradients, Step
 from bench.measure import Clock, clock_for, interleave, peak_memory
+from bench.observe import observed_backends, plan_record, warning_of
 from bench.oracle import Errors, errors, float64_gradients
 from bench.results import FAILED, OK, UNSUPPORTED, Row
 
@@ -32,6 +34,8 @@ class Protocol:
 
 CPU_PROTOCOL = Protocol(rounds=5)
 GPU_PROTOCOL = Protocol(rounds=3, repeats=4, warm=1, memory=True)
+# Targets are read off these rows: enough rounds for a median of ratios and its range.
+HEADLINE_PROTOCOL = replace(GPU_PROTOCOL, rounds=8)
 MEMORY_PROTOCOL = Protocol(check=False, memory=True, time=False)
 
 
@@ -91,7 +95,10 @@ def _prepare(
         if not (protocol.check or protocol.time):
             return row, _fresh_step(contestant, case, data)
         step = contestant.prepare(case, data)
-        gradients = step()
+        with observed_backends() as seen:
+            gradients = step()
+        if contestant.backend:
+            row = _with_what_ran(row, contestant, case, data, seen)
         if protocol.check and contestant.objective != "products":
             if contestant.objective not in expected:
                 expected[contestant.objective] = float64_gradients(case, data, contestant.objective)
@@ -99,6 +106,13 @@ def _prepare(
     except Exception as error:
         return _failed(row, error), None
     return row, step
+
+
+def _with_what_ran(row: Row, contestant: Contestant, case: Case, data: Data, seen: set[str]) -> Row:
+    """The backends whose kernels the step called, its plan, the build, and a warning where others were meant."""
+    plan = None if contestant.explain is None else plan_record(contestant.explain(case, data))
+    ran = {"backends": sorted(seen), "plan": plan, "build": slime_fused.build_info()}
+    return replace(row, ran=ran, warning=warning_of(contestant.backend, data.hidden.device, seen))
 
 
 def _fresh_step(contestant: Contestant, case: Case, data: Data) -> Step:
@@ -136,6 +150,7 @@ def _measure_time(rows: dict[str, Row], steps: dict[str, Step], clock: Clock, pr
             spread=timing.spread,
             samples_ms=timing.samples,
             products_ms=products.median if products else None,
+            ratios=timing.ratios_to(products, protocol.repeats) if products else (),
         )
 
 

@@ -11,15 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from bench.cases import ALL_CASES
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, Row, row_from
+from bench.results import FAILED, NOT_FINISHED, Row, row_from
 from bench.runner import DeviceLost, Protocol, run_case
 
 _ROOT = Path(__file__).parent.parent
@@ -37,32 +38,67 @@ class Job:
     deadline: float
 
 
-def run_job(job: Job, timeout: float) -> list[Row]:
-    """Run a job in a child process. Rows that it did not deliver come back as failures that say why."""
+def run_job(job: Job, timeout: float, on_row: Callable[[Row], None] | None = None) -> list[Row]:
+    """Run a job in a child process. Rows that it did not deliver come back as failures that say why.
+
+    ``on_row`` is called with each row within a second of its measurement.
+    """
+    delivered: dict[tuple[str, str], Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows_path, job_path = Path(folder) / "rows.jsonl", Path(folder) / "job.json"
         job_path.write_text(json.dumps(asdict(job)))
-        reason = _run_child([sys.executable, "-m", "bench.worker", str(job_path), str(rows_path)], timeout)
-        lines = rows_path.read_text().splitlines() if rows_path.exists() else []
-    delivered = {(row.case, row.contestant): row for row in map(row_from, map(json.loads, lines))}
+        rows_path.touch()
+        with rows_path.open() as lines:
+
+            def collect() -> None:
+                for row in _whole_rows(lines):
+                    delivered[row.case, row.contestant] = row
+                    if on_row is not None:
+                        on_row(row)
+
+            command = [sys.executable, "-m", "bench.worker", str(job_path), str(rows_path)]
+            reason = _run_child(command, timeout, collect)
+            collect()
     return [
         delivered.get((case, name), lost_row(case, name, reason)) for case in job.cases for name in job.contestants
     ]
 
 
+def _whole_rows(lines: TextIO) -> list[Row]:
+    """The rows that were written since the last call; half a line waits for its rest."""
+    rows: list[Row] = []
+    while True:
+        start = lines.tell()
+        line = lines.readline()
+        if not line.endswith("\n"):
+            lines.seek(start)
+            return rows
+        rows.append(row_from(json.loads(line)))
+
+
 def lost_row(case: str, name: str, reason: str) -> Row:
-    """The row of a contestant that could not deliver one."""
+    """The row of a contestant that could not deliver one: out of time, or failed."""
     contestant = CONTESTANTS[name]
-    return Row(case, name, contestant.objective, FAILED, reason, contestant.note)
+    status = NOT_FINISHED if reason.startswith(("not started", "not finished")) else FAILED
+    return Row(case, name, contestant.objective, status, reason, contestant.note)
 
 
-def _run_child(command: Sequence[str], timeout: float) -> str:
-    """Why rows may be missing: the end of the child's error output, or the time limit."""
-    try:
-        child = subprocess.run(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True, timeout=max(timeout, 1.0))
-    except subprocess.TimeoutExpired:
-        return f"not finished within {timeout:.0f} s"
-    last = [line for line in child.stderr.splitlines() if line.strip()][-1:]
+def _run_child(command: Sequence[str], timeout: float, poll: Callable[[], None]) -> str:
+    """Why rows may be missing: the end of the child's error output, or the time limit. Calls ``poll`` meanwhile."""
+    limit = max(timeout, 1.0)
+    deadline = time.monotonic() + limit
+    child = subprocess.Popen(command, cwd=_ROOT, stderr=subprocess.PIPE, text=True)
+    while True:
+        try:
+            _, errors = child.communicate(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+            break
+        except subprocess.TimeoutExpired:
+            poll()
+            if time.monotonic() >= deadline:
+                child.kill()
+                child.communicate()
+                return f"not finished within {limit:.0f} s"
+    last = [line for line in errors.splitlines() if line.strip()][-1:]
     if child.returncode == 0:
         return OUT_OF_TIME
     return f"process ended with code {child.returncode}: {' '.join(last)[:300]}"

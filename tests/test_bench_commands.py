@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
-import tarfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from bench import cpu, gpu
-from bench.cases import GPU_CASES, HEADLINE
+from bench import cpu, gpu, heats
+from bench.cases import GPU_CASES, HEADLINE, HEADLINES
 from bench.contestants import SMALL_WORKSPACE
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, OK, UNSUPPORTED, Row, read_run
+from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.plan import make_plan, parse_bytes
 from slime_fused.problem import Problem
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "bench" / "gpu.sh"
 QUICK = Protocol(rounds=1)
 
 
@@ -47,7 +48,7 @@ def test_quick_cpu_benchmark_writes_a_complete_result_file(tmp_path):
             assert row.status == OK
             assert row.median_ms is not None
             assert row.median_ms > 0
-            assert row.over_products == pytest.approx(row.median_ms / row.products_ms)
+            assert row.over_products == pytest.approx(statistics.median(row.ratios))
             assert row.error_d_hidden < 2e-2
             assert (row.error_d_weight is None) == run.case(case).frozen_head
     # Memory is taken for this case alone, and must not have displaced the time.
@@ -96,7 +97,7 @@ def test_a_worker_that_dies_leaves_rows_that_say_so(monkeypatch):
 @pytest.mark.slow
 def test_a_worker_past_its_deadline_begins_nothing():
     rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() - 1), 60)
-    assert [(row.status, row.reason) for row in rows] == [(FAILED, OUT_OF_TIME)]
+    assert [(row.status, row.reason) for row in rows] == [(NOT_FINISHED, OUT_OF_TIME)]
 
 
 def test_a_worker_that_hangs_is_stopped(monkeypatch, tmp_path):
@@ -105,16 +106,31 @@ def test_a_worker_that_hangs_is_stopped(monkeypatch, tmp_path):
     hanging.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(hanging))
     rows = run_job(Job("cpu", ("quick-fp32",), ("products",), QUICK, time.time() + 60), timeout=1.0)
-    assert rows[0].status == FAILED
+    assert rows[0].status == NOT_FINISHED
     assert rows[0].reason == "not finished within 1 s"
 
 
+def test_rows_are_told_as_they_are_measured(monkeypatch, tmp_path):
+    """A run that is cut while a process works on its second case keeps the first: half a line is no row."""
+    working = tmp_path / "python"
+    row = json.dumps(asdict(Row("quick-fp32", "products", "products", OK, median_ms=1.0, ratios=(1.0, 2.0))))
+    working.write_text(f"#!/bin/sh\nprintf '%s\\n%s' '{row}' '{row[:20]}' >\"$4\"\nexec sleep 60\n")
+    working.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(working))
+    told: list[Row] = []
+    job = Job("cpu", ("quick-fp32", "quick-bf16-m50"), ("products",), QUICK, time.time() + 60)
+    rows = run_job(job, 2.5, told.append)
+    assert told == rows[:1]
+    assert rows[0].ratios == (1.0, 2.0)
+    assert rows[1].reason == "not finished within 2 s"
+
+
 def test_spent_budget_starts_no_process(monkeypatch):
-    def started(job, timeout):
+    def started(*arguments):
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(gpu, "run_job", started)
-    batches = list(gpu.run_heats(gpu.default_heats(), "cuda", QUICK, deadline=time.time() - 1))
+    batches = list(gpu.run_heats(heats.stage_heats(None), "cuda", deadline=time.time() - 1))
     ours = [row for batch in batches for row in batch if row.contestant == "slime_fused"]
     assert {row.case for row in ours} == {case.name for case in GPU_CASES}
     assert {row.reason for row in ours} == {OUT_OF_TIME}
@@ -123,15 +139,15 @@ def test_spent_budget_starts_no_process(monkeypatch):
 def test_a_family_that_died_is_retried_one_by_one(monkeypatch):
     jobs = []
 
-    def run(job, timeout):
+    def run(job, timeout, on_row):
         jobs.append(job.contestants)
         status, reason = (FAILED, "process ended with code 3: x") if len(job.contestants) > 2 else (OK, "")
         return [Row(HEADLINE.name, name, "slime", status, reason) for name in job.contestants]
 
     monkeypatch.setattr(gpu, "run_job", run)
-    heat = gpu.Heat((HEADLINE,), ("slime_fused", "slime_fused-auto"))
+    heat = heats.Heat((HEADLINE,), ("slime_fused", "slime_fused-auto"))
     rows: list[Row] = []
-    for batch in gpu.run_heats((heat,), "cuda", QUICK, time.time() + 60):
+    for batch in gpu.run_heats((heat,), "cuda", time.time() + 60):
         rows = gpu.merge(rows, batch)
     assert jobs == [
         ("products", "slime_fused", "slime_fused-auto"),
@@ -141,19 +157,47 @@ def test_a_family_that_died_is_retried_one_by_one(monkeypatch):
     assert {row.status for row in rows} == {OK}
 
 
-def test_default_heats_begin_with_the_headline_and_cover_every_case():
-    heats = gpu.default_heats()
-    assert heats[0].cases == (HEADLINE,)
-    assert heats[0].contestants[0] == "slime_fused"
-    covered = {case.name for heat in heats for case in heat.cases if "slime_fused" in heat.contestants}
+def test_the_headline_is_this_package_on_published_shapes_with_eight_rounds():
+    (headline,) = heats.stage_heats("headline")
+    shapes = [(case.tokens, case.valid_tokens, case.hidden, case.vocab) for case in headline.cases]
+    assert shapes == [
+        (8192, 8192, 4096, 128256),
+        (8192, 8192, 4096, 131072),
+        (8192, 8192, 4096, 151936),
+        (8192, 4096, 4096, 131072),
+        (8192, 4096, 4096, 151936),
+    ]
+    assert headline.cases[0] is HEADLINE
+    assert headline.contestants == ("slime_fused", "slime_fused-auto")
+    assert headline.protocol.rounds == 8
+
+
+def test_the_stages_cover_every_case_and_know_every_contestant():
+    every = heats.stage_heats(None)
+    covered = {case.name for heat in every for case in heat.cases if "slime_fused" in heat.contestants}
     assert covered == {case.name for case in GPU_CASES}
-    assert all(name in CONTESTANTS for heat in heats for name in heat.contestants)
+    measured = {name for heat in every for name in heat.contestants}
+    assert measured | {"products"} == set(CONTESTANTS)
+    strongest = {"ce-quack", "ce-liger-sm90", "liger-scaled"}
+    for case in HEADLINES[:3]:
+        assert strongest <= {name for heat in every if case in heat.cases for name in heat.contestants}
+
+
+def test_what_was_measured_is_not_measured_again():
+    heat = heats.Heat(HEADLINES[:2], ("slime_fused", "naive"))
+    one, two = (case.name for case in HEADLINES[:2])
+    rows = [Row(one, "slime_fused", "slime", OK), Row(two, "slime_fused", "slime", OK), Row(one, "naive", "", OK)]
+    assert heats.remaining((heat,), [*rows, Row(two, "naive", "", FAILED)]) == (
+        heats.Heat(HEADLINES[1:2], ("naive",)),
+    )
+    assert heats.remaining((heat,), [*rows, Row(two, "naive", "", OK)]) == ()
+    assert heats.remaining((heat,), []) == (heat,)
 
 
 @pytest.mark.parametrize("operation", ["slime", "cross_entropy"])
 def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(operation):
     """The contestants' notes name the plan of each backend; here the planner is asked."""
-    measured = {name for heat in gpu.default_heats() if HEADLINE in heat.cases for name in heat.contestants}
+    measured = {name for heat in heats.stage_heats(None) if HEADLINE in heat.cases for name in heat.contestants}
     prefix = "ce-" if operation == "cross_entropy" else ""
     for backend, row_bytes in (("triton", 12 * (HEADLINE.vocab // 128)), ("cuda", 0)):
         name = f"{prefix}slime_fused-{backend}-{SMALL_WORKSPACE}"
@@ -177,70 +221,10 @@ def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(operation
 
 
 def test_selection_restricts_cases_and_contestants():
-    heats = gpu.selected_heats([HEADLINE.name], [])
-    assert {case.name for heat in heats for case in heat.cases} == {HEADLINE.name}
-    both = gpu.selected_heats(["quick-fp32"], ["naive"])
+    chosen = heats.selected(heats.stage_heats(None), [HEADLINE.name], [])
+    assert {case.name for heat in chosen for case in heat.cases} == {HEADLINE.name}
+    both = heats.selected(heats.stage_heats(None), ["quick-fp32"], ["naive"])
     assert [([c.name for c in heat.cases], heat.contestants) for heat in both] == [(["quick-fp32"], ("naive",))]
-
-
-# --- bench/gpu.sh ------------------------------------------------------------------------------------------------
-
-
-def test_gpu_script_parses():
-    assert _run("bash", "-n", str(SCRIPT)).returncode == 0
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_gpu_script_passes_shellcheck():
-    done = _run("shellcheck", str(SCRIPT))
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-def test_gpu_script_dry_run_prints_every_command_and_imports_every_module(tmp_path):
-    done = _run("bash", str(SCRIPT), DRY_RUN="1", OUT=str(tmp_path), PYTHON=sys.executable, WHEELS=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    parts = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("DRY_RUN ")]
-    expected = [
-        "environment",
-        "wheels",
-        "machine",
-        "build",
-        "stream-tests",
-        "tests-alone",
-        "tests",
-        "memcheck",
-        "racecheck",
-    ]
-    assert parts[: len(expected)] == expected
-    assert parts[-1] == "bench"
-    modules = {path.stem for path in (ROOT / "bench").glob("*.py")} - {"__init__", "test_cpu", "plots"}
-    imported = {line.split("bench.")[1] for line in done.stdout.splitlines() if line.startswith("imported")}
-    assert imported == modules | {"micro.row_kernels", "micro.triton_kernels"}
-
-
-@pytest.mark.slow
-def test_gpu_script_goes_on_after_a_failure_and_reports_it(tmp_path):
-    # Without a GPU the benchmark part fails; that is no correctness failure, so the script still succeeds.
-    done = _run("bash", str(SCRIPT), STEPS="machine bench", OUT=str(tmp_path), PYTHON=sys.executable)
-    if "bench          ok" in done.stdout:
-        pytest.skip("this machine has a GPU")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bench          rc=2" in done.stdout
-    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
-        names = archive.getnames()
-        bench_log = archive.extractfile("logs/bench.log")
-        assert bench_log is not None
-        assert b"no CUDA device is visible" in bench_log.read()
-    assert {"logs/machine.log", "logs/summary.txt"} <= set(names)
-    assert len(list(tmp_path.iterdir())) <= 8
-
-
-@pytest.mark.slow
-def test_gpu_script_fails_where_a_correctness_step_fails(tmp_path):
-    done = _run("bash", str(SCRIPT), STEPS="machine", OUT=str(tmp_path), PYTHON="/bin/false")
-    assert done.returncode == 1
-    assert "environment    rc=1" in done.stdout
 
 
 @pytest.mark.slow

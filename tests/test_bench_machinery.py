@@ -192,7 +192,9 @@ def test_a_contestant_that_raises_or_refuses_becomes_a_row_with_the_reason():
     naive = rows["naive"]
     assert naive.status == OK
     assert naive.median_ms == pytest.approx(sum(naive.samples_ms) / 2)
-    assert naive.over_products == pytest.approx(naive.median_ms / rows["products"].median_ms)
+    ratios = [a / b for a, b in zip(naive.samples_ms, rows["products"].samples_ms, strict=True)]
+    assert naive.ratios == pytest.approx(ratios)
+    assert naive.over_products == pytest.approx(sum(ratios) / 2)
 
 
 def test_a_contestant_with_wrong_gradients_shows_it_in_its_error():
@@ -282,6 +284,14 @@ def test_report_command_rewrites_the_readme_and_draws_plots(tmp_path):
     before = readme.read_text()
     assert report.main(arguments) == 0
     assert readme.read_text() == before
+
+
+def test_a_gpu_run_that_was_tried_on_a_cpu_is_in_no_table(tmp_path):
+    _write(tmp_path / "toy" / "gpu.json")
+    assert report.stored_runs("gpu", tmp_path) == []
+    path = _write(tmp_path / "real" / "gpu.json")
+    path.write_text(path.read_text().replace('"cpu": "A CPU"', '"cpu": "A CPU", "gpu": "A GPU"'))
+    assert [run.machine["gpu"] for run in report.stored_runs("gpu", tmp_path)] == ["A GPU"]
 
 
 def test_plots_are_drawn_for_cases_with_something_to_compare(tmp_path):

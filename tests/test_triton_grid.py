@@ -12,6 +12,8 @@ skip_unless_kernels_run()
 
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 BACKEND = TritonBackend()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

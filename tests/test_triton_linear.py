@@ -21,6 +21,8 @@ from slime_fused.backends.base import HeadTransform  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 TILE = LinearConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
 
 

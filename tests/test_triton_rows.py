@@ -19,6 +19,8 @@ from slime_fused.backends.base import HeadTransform, TokenLoss  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 TRITON = TritonBackend()
 PLAIN = TorchBackend()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,6 +13,8 @@ from slime_fused.backends.base import SlimeWeights  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 TRITON = TritonBackend()
 PLAIN = TorchBackend()
 LENGTHS = [1, 1023, 1024, 0, 2500, 7]

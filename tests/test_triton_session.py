@@ -16,6 +16,7 @@ KERNEL_TESTS = [
     "test_triton_segments.py",
     "test_triton_linear.py",
     "test_triton_fused.py",
+    "test_triton_sweep.py",
 ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.measure import Timing
-from bench.results import OK, write_payload
+from bench.results import OK, write_json
 from bench.steps.cases import StepCase
 
 WRONG = "wrong"
@@ -110,7 +110,7 @@ def write_step_run(
         "rows": [asdict(row) for row in rows],
         "limits": [asdict(row) for row in limits],
     }
-    write_payload(path, payload)
+    write_json(path, payload)
 
 
 def step_row_from(record: dict[str, Any]) -> StepRow:

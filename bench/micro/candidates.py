@@ -1,0 +1,125 @@
+"""Layouts and tile sizes that `bench.micro.sweep` compares, and how they are read from a file.
+
+Where the kernels' own modules list candidates (`slime_fused._C.cuda.row_plan_candidates`, `ROW_CANDIDATES`,
+`STREAM_CANDIDATES` and `LINEAR_CANDIDATES` of `triton_kernels/configs.py`), those are taken; else the lists here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.micro.row_bench import Case, native
+
+SHARED_BYTES = 219 * 1024  # what a Hopper block can stage (csrc/cuda/row_plan.cpp)
+PLAN_FIELDS = ("stage", "cluster", "threads", "shared_vectors", "pad_bytes", "streaming", "max_blocks")
+# Kernel -> the keyword arguments that make one candidate of it.
+Listed = dict[str, list[dict[str, Any]]]
+
+
+def describe_plan(plan: Any) -> str:
+    """A `RowPlan` as the assignments that differ from its defaults; "shipped" for None."""
+    if plan is None:
+        return "shipped"
+    plain = native().RowPlan()
+    stage = str(getattr(plan, "stage", "shared")).rpartition(".")[2]
+    fields = [stage]
+    for name in PLAN_FIELDS[1:]:
+        value = getattr(plan, name, None)
+        if value is not None and value != getattr(plain, name, None):
+            fields.append(f"{name}={value}")
+    return " ".join(fields)
+
+
+def row_plans(case: Case, capability: int, listed: Listed) -> list[Any]:
+    """Layouts of the CUDA `softmax_residual` for rows of this case; None is the shipped one."""
+    module = native()
+    if "rows" in listed:
+        stages = {name: getattr(module.RowStage, name) for name in ("shared", "registers")}
+        plans = [
+            module.RowPlan(**{**entry, "stage": stages[entry.get("stage", "shared")]}) for entry in listed["rows"]
+        ]
+    elif hasattr(module, "row_plan_candidates"):
+        plans = list(module.row_plan_candidates(case.vocab, case.dtype.itemsize, capability))
+    else:
+        plans = list(_built_row_plans(case, module))
+    return [None, *plans]
+
+
+def _built_row_plans(case: Case, module: Any) -> list[Any]:
+    """Rows staged in shared memory or registers by 1 to 16 blocks, and rows read twice through L2."""
+    vectors = -(-case.vocab * case.dtype.itemsize // 16) + 1
+    shared, registers = module.RowStage.shared, module.RowStage.registers
+    plans = []
+    for cluster in (1, 2, 4, 8, 16):
+        for threads in (128, 256, 384, 512):
+            needed = -(-vectors // (cluster * threads))
+            held = min(needed, SHARED_BYTES // (16 * threads))
+            if needed < 2 or (held < needed and threads < 512):
+                continue
+            layout = {"stage": shared, "cluster": cluster, "threads": threads, "shared_vectors": held}
+            plans.append(module.RowPlan(**layout))
+            if threads >= 256 and cluster in (2, 4, 8):
+                plans.append(module.RowPlan(**layout, streaming=True))
+        threads = -(-vectors // (cluster * 8 * 32)) * 32
+        if 64 <= threads <= 1024:
+            plans.append(module.RowPlan(stage=registers, cluster=cluster, threads=threads))
+            plans.append(module.RowPlan(stage=registers, cluster=cluster, threads=threads, streaming=True))
+    for pad in (200 << 10, 100 << 10, 0):  # one, two and three blocks per multiprocessor
+        plans.append(module.RowPlan(stage=shared, threads=512, pad_bytes=pad))
+    return plans
+
+
+def triton_configs(kernel: str, configs: Any, listed: Listed, shipped: Any) -> list[Any]:
+    """Candidates of "triton-rows", "triton-stream" or "linear", after the shipped one."""
+    kind = configs.LinearConfig if kernel == "linear" else configs.RowConfig
+    name = {"triton-rows": "ROW", "triton-stream": "STREAM", "linear": "LINEAR"}[kernel]
+    if kernel in listed:
+        candidates = [kind(**entry) for entry in listed[kernel]]
+    elif hasattr(configs, f"{name}_CANDIDATES"):
+        candidates = list(getattr(configs, f"{name}_CANDIDATES"))
+    else:
+        candidates = _built_configs(kernel, configs)
+    return list(dict.fromkeys([shipped, *candidates]))
+
+
+def _built_configs(kernel: str, configs: Any) -> list[Any]:
+    if kernel == "triton-stream":
+        streamed = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 16))
+        return [configs.RowConfig(block, warps) for block, warps in streamed]
+    if kernel == "triton-rows":
+        sizes = (
+            (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (8192, 32), (16384, 32),
+            (32768, 32),
+        )  # fmt: skip
+        return [configs.RowConfig(block, warps) for block, warps in sizes]
+    wide = configs.LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True)
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"num_stages": 4},
+        {"group_m": 8},
+        {"group_m": 32},
+        {"num_stages": 4, "group_m": 32},
+        {"uses_descriptors": False},
+        {"block_m": 256, "block_n": 128},
+        {"block_m": 256, "block_n": 128, "num_stages": 4},
+        {"block_n": 128, "num_warps": 4},
+        {"block_n": 128, "num_stages": 4},
+        {"block_n": 128, "block_k": 128},
+        {"block_m": 64, "num_warps": 4, "num_stages": 2},
+    )
+    return [replace(wide, **change) for change in changes]
+
+
+def read_listed(path: Path | None) -> Listed:
+    """Candidates from a JSON object: kernel -> list of keyword arguments; SystemExit where one is not known."""
+    if path is None:
+        return {}
+    listed: Listed = json.loads(path.read_text())
+    known = ("rows", "triton-rows", "triton-stream", "linear")
+    unknown = sorted(set(listed) - set(known))
+    if unknown:
+        raise SystemExit(f"{path}: expected the kernels {', '.join(known)}, got {', '.join(unknown)}")
+    return listed
