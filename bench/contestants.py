@@ -16,7 +16,8 @@ from torch import Tensor
 import slime_fused
 from bench.cases import IGNORE_INDEX, Case, Data
 from slime_fused import reference
-from slime_fused.plan import Operation, Plan
+from slime_fused.plan import Plan
+from slime_fused.problem import Operation
 
 
 @dataclass(frozen=True)
@@ -340,8 +341,8 @@ OURS_BACKENDS = tuple(
     for backend in ("cuda", "triton", "torch")
 )
 
-# Where fewer rows than `plan.FUSED_BELOW_ROWS` fit, backends with linear_stats take the plan "fused"; the others, for
-# which small chunks would add to a float32 dW, one chunk in the room of that dW: the yardstick.
+# Where fewer rows than `plan.FUSED_BELOW_ROWS` fit, backends with linear_stats take the plan "fused"; others, whose
+# small chunks would add to a float32 dW, take one chunk in the room of that dW: the yardstick.
 SMALL_WORKSPACE = "128MiB"
 OURS_SMALL = tuple(
     contestant
