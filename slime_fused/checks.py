@@ -94,15 +94,15 @@ def check_transform(logit_scale: float, logit_softcap: float | None, dtype: torc
     The kernels divide by the soft cap, or multiply with its inverse: both must be normal numbers.
     """
     limits = torch.finfo(acc_dtype(dtype))
-    _require_number("logit_scale", logit_scale, "a finite number")
-    if not -limits.max <= logit_scale <= limits.max:
+    scale = _number("logit_scale", logit_scale, "a finite number")
+    if not -limits.max <= scale <= limits.max:
         raise ValueError(
             f"logit_scale: expected a finite number of at most {limits.max:.3g} either way, got {logit_scale!r}"
         )
     if logit_softcap is None:
         return
-    _require_number("logit_softcap", logit_softcap, "None or a number > 0")
-    if not limits.tiny <= logit_softcap <= 1 / limits.tiny:
+    softcap = _number("logit_softcap", logit_softcap, "None or a number > 0")
+    if not limits.tiny <= softcap <= 1 / limits.tiny:
         raise ValueError(
             f"logit_softcap: expected None or a number > 0 from {limits.tiny:.3g} to {1 / limits.tiny:.3g}, "
             f"got {logit_softcap!r}"
@@ -132,11 +132,9 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_token_loss(label_smoothing: float, z_loss: float) -> None:
     """Refuse a smoothing outside [0, 1] and a z-loss weight that is negative or beyond float32."""
-    _require_number("label_smoothing", label_smoothing, "a number in [0, 1]")
-    if not 0 <= label_smoothing <= 1:
+    if not 0 <= _number("label_smoothing", label_smoothing, "a number in [0, 1]") <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing!r}")
-    _require_number("z_loss", z_loss, "a finite number >= 0")
-    if not 0 <= z_loss <= torch.finfo(torch.float32).max:
+    if not 0 <= _number("z_loss", z_loss, "a finite number >= 0") <= torch.finfo(torch.float32).max:
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss!r}")
 
 
@@ -158,10 +156,12 @@ def check_pairs(num_sequences: int, argument: str = "labels") -> None:
         )
 
 
-def _require_number(name: str, value: object, expected: str) -> None:
-    """Python's and NumPy's numbers pass; a bool is a slip of the argument's place."""
+def _number(name: str, value: object, expected: str) -> float:
+    """The value as Python's number, NumPy's included; a bool is a slip of the argument's place: TypeError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    # An int may be beyond float, and a graph's symbolic number is left as it is.
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -46,11 +46,11 @@ class SlimeLossConfig:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{field.name}: expected a number, got {value!r}")
-            if not abs(value) <= sys.float_info.max:  # math.isfinite overflows on a huge int
+            # Python's own: NumPy's would make a checkpoint that holds the configuration need NumPy.
+            number = value if isinstance(value, int) else float(value)
+            if not -sys.float_info.max <= number <= sys.float_info.max:
                 raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
-            if type(value) not in (int, float):
-                # NumPy's numbers would make its repr, and a checkpoint that holds it, need NumPy.
-                object.__setattr__(self, field.name, float(value))
+            object.__setattr__(self, field.name, number)
         for name in ("lambda_w", "lambda_l", "lambda_d"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")

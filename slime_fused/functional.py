@@ -207,7 +207,9 @@ def sequence_logprobs(
         labels = labels.labels
     if cu_seqlens is None:
         sequences = math.prod(labels.shape[:-1])
-        bounds = torch.arange(sequences + 1, device=labels.device, dtype=torch.int32) * labels.shape[-1]
+        # From the labels, not torch.arange: where they are fake tensors, so must these be.
+        ones = labels.new_ones(sequences + 1, dtype=torch.int32)
+        bounds = (ones.cumsum(0, dtype=torch.int32) - 1) * labels.shape[-1]
     else:
         bounds = cu_seqlens.to(torch.int32)
     sums = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)

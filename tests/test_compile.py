@@ -194,6 +194,21 @@ def op_cases() -> dict[str, OpCase]:
         cases[f"segment_sum_backward-{mean}"] = OpCase(
             token_library.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
         )
+    for wanted in (False, True):
+        logp = -torch.rand(9).requires_grad_(wanted)
+        pairs = torch.tensor([0, 2, 5, 7, 9], dtype=torch.int32)
+        args = (logp, pairs, numbers, "token", "cpu", wanted)
+        cases[f"slime_terms-{wanted}"] = OpCase(token_library.slime_terms_op, args)
+    for dtype in (torch.float32, torch.float16):
+        logits = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
+        labels = torch.tensor([[1, IGNORE, 8], [0, 2, 2]])
+        options = (0.1, 0.01, 0.5, 9.0, "cpu", IGNORE)
+        cases[f"cross_entropy_of_logits-{dtype}"] = OpCase(
+            token_library.logits_loss_op, (logits, labels, True, *options)
+        )
+        loss, stats = (x.detach() for x in token_library.logits_loss_op(logits, labels, True, *options))
+        args = (torch.ones_like(loss), stats, logits.detach(), labels, *options)
+        cases[f"cross_entropy_of_logits_backward-{dtype}"] = OpCase(token_library.logits_loss_backward_op, args)
     return cases
 
 
@@ -202,7 +217,7 @@ OP_CASES = op_cases()
 
 def test_every_operator_is_checked():
     kind = type(library.slime_loss_op)
-    ops = {value for value in vars(library).values() if isinstance(value, kind)}
+    ops = {op for module in (library, token_library) for op in vars(module).values() if isinstance(op, kind)}
     assert {case.op for case in OP_CASES.values()} == ops
 
 

@@ -251,7 +251,7 @@ def expected_of_empty(name: str, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("case", EMPTY)
 def test_nothing_to_do(case, shift, name, backend):
-    """Per-token and per-sequence results are zeros, with zero gradients; a mean of nothing is refused."""
+    """Per-token and per-sequence results are zeros, with zero gradients; a mean over nothing is refused."""
     batch = EMPTY[case](make_batch((3, 2), dtype=torch.float32)).leaves()
     if name in ("slime_loss", "linear_cross_entropy"):
         with pytest.raises(ValueError, match="labels: expected at least one"):
@@ -276,6 +276,49 @@ def test_per_token_cross_entropy_of_nothing(case, backend):
     batch = EMPTY[case](make_batch((3, 2), dtype=torch.float32))
     out = batch.call(sf.linear_cross_entropy, reduction="none", backend=backend)
     assert torch.equal(out, torch.zeros(batch.labels.shape))
+
+
+@pytest.mark.parametrize("workspace", ["auto", 40 * 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", EMPTY)
+def test_the_sum_over_nothing_is_zero(case, dtype, workspace, backend):
+    """As in PyTorch, with zero gradients, and the same from logits; the mean over nothing is refused by both."""
+    batch = EMPTY[case](make_batch((3, 2), dtype=dtype, has_bias=True)).leaves()
+    if batch.bias is None:
+        batch = replace(batch, bias=torch.zeros(37, dtype=dtype, requires_grad=True))
+    logits = (batch.hidden.detach() @ batch.weight.detach().T).requires_grad_()
+    loss = batch.call(sf.linear_cross_entropy, reduction="sum", backend=backend, workspace=workspace)
+    assert loss == 0
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, grad in zip(batch.tensors(), torch.autograd.grad(loss, batch.tensors().values()), strict=True):
+        assert torch.equal(grad, torch.zeros_like(getattr(batch, name))), f"d_{name}"
+    loss = sf.cross_entropy(logits, batch.labels, reduction="sum", backend=backend)
+    assert loss == 0
+    assert torch.equal(torch.autograd.grad(loss, [logits])[0], torch.zeros_like(logits))
+    for call in (
+        lambda: sf.cross_entropy(logits, batch.labels, backend=backend),
+        lambda: batch.call(sf.linear_cross_entropy, backend=backend),
+    ):
+        with pytest.raises(
+            ValueError, match="labels: expected at least one label that is not ignore_index, got none"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("excess", [-50.0, -21.0, 0.0, 19.9, 20.1, 25.0, 39.9, 40.1, 300.0])
+def test_the_stabilizer_keeps_float64_s_digits(excess, backend):
+    """softplus(x) = max(x, 0) + log1p(exp(-|x|)), also where PyTorch's returns x; the oracle is held to it too."""
+    config = sf.SlimeLossConfig(lambda_w=0, lambda_d=0, lambda_l=1, power=1, delta=1.25)
+    logp = torch.tensor([-1.0, -excess - config.delta], dtype=torch.float64)
+    x = -logp[1] - config.delta
+    expected = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    bounds = torch.tensor([0, 1, 2], dtype=torch.int32)
+    for terms, options in ((sf.slime_terms, {"backend": backend}), (reference.slime_terms, {})):
+        leaf = logp.clone().requires_grad_()
+        out = terms(leaf, bounds, config, **options)
+        (grad,) = torch.autograd.grad(out.loss, [leaf])
+        torch.testing.assert_close(out.stabilizer, expected, rtol=4e-16, atol=0)
+        torch.testing.assert_close(grad[1], -torch.sigmoid(x), rtol=4e-16, atol=0)
 
 
 def test_float16_gradients_of_a_short_response_in_a_long_batch_do_not_overflow(backend):
