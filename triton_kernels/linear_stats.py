@@ -25,14 +25,16 @@ Model: the linear cross-entropy of Cut Your Losses in Large-Vocabulary Language 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import triton
 import triton.language as tl
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import LAUNCH, MERGE_ROWS, MERGE_TILES, LinearConfig, linear_config
-from .numerics import NEG_INF, exp, finite_shift, head_logit
+from .numerics import NEG_INF, exp, finite_shift, head_logit, round_product
 
 
 @triton.jit
@@ -101,6 +103,7 @@ def linear_stats_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
+    HAS_PTX: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,7 +139,7 @@ def linear_stats_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    raw = raw.to(hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty).to(tl.float32)
+    raw = round_product(raw, hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty, HAS_PTX)
     if HAS_BIAS:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     z = head_logit(raw, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -211,6 +214,12 @@ def can_use_descriptors(tensor: Any) -> bool:
     return tensor.stride(1) == 1 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
+@cache
+def compiles_to_ptx() -> bool:
+    """Whether kernels may contain PTX here: an NVIDIA GPU, not an AMD one and not the interpreter."""
+    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
 def choose_config(family: str, hidden: Any, weight: Any) -> LinearConfig:
     """The shipped configuration for these operands on this family of targets (`configs.target_family`)."""
     can_use = can_use_descriptors(hidden) and can_use_descriptors(weight)
@@ -266,6 +275,7 @@ def linear_stats(
         HAS_SCALE=scale != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_LOGIT_SUM=has_logit_sum,
+        HAS_PTX=compiles_to_ptx(),
         DESCRIPTORS=config.uses_descriptors,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,

@@ -9,8 +9,8 @@ Launched without fusion (`configs.LAUNCH`): were `raw * scale` fused with the su
 be the product whose maximum was taken (at z = 5e4, a probability of 1 would come out as 0.998). Where one
 instruction is wanted, `tl.fma` says so.
 
-Everything is float32. Only `tl` operations are used (no libdevice), so the same source compiles for NVIDIA and AMD
-and runs in Triton's interpreter. Exponentials are base 2, the only one the hardware has.
+Everything is float32. But for `round_product` only `tl` operations are used (no libdevice), so the same source
+compiles for NVIDIA and AMD and runs in Triton's interpreter. Exponentials are base 2, as the hardware's are.
 
 `-inf` is a legal logit (a masked token). A maximum of `-inf` is therefore replaced by 0 before it is subtracted
 (`finite_shift`): exp2(-inf - 0) is 0, whereas exp2(-inf - -inf) would be NaN. NaN inputs do reach the results.
@@ -113,6 +113,28 @@ def head_logit_and_slope(raw, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTC
         tanh, slope = softcap_tanh(z / softcap)
         z = softcap * tanh
     return z, slope
+
+
+@triton.jit
+def round_product(x, dtype: tl.constexpr, HAS_PTX: tl.constexpr):
+    """x rounded to `dtype`, in float32; bfloat16 two numbers at a time on NVIDIA.
+
+    One at a time is a conversion instruction for each (F2F, slower than arithmetic); float16 is packed by the
+    compiler. Of the packed conversion the second operand becomes the lower half.
+    """
+    if HAS_PTX and dtype == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise(
+            "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2;"
+            " shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000; }",
+            "=r,=r,r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        rounded = x.to(dtype).to(tl.float32)
+    return rounded
 
 
 @triton.jit
