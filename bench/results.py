@@ -21,6 +21,10 @@ from bench.peers import peer_versions
 
 RESULTS = Path(__file__).parent / "results"
 OK, UNSUPPORTED, FAILED = "ok", "unsupported", "failed"
+# Out of time, which says nothing about the contestant.
+NOT_FINISHED = "not finished"
+NOT_FINISHED_CODE = 3
+"""The exit code of a command that left something out for want of time and found nothing wrong."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,11 @@ def write_run(
         "cases": {case.name: asdict(case) for case in cases},
         "rows": [asdict(row) for row in rows],
     }
-    write_payload(path, payload)
+    write_json(path, payload)
 
 
-def write_payload(path: Path, payload: dict[str, Any]) -> None:
-    """Write a result file whole: a reader sees the old one or the new one."""
+def write_json(path: Path, payload: dict[str, Any]) -> None:
+    """Write (or rewrite) a JSON file so that no reader ever finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(payload, indent=1) + "\n")

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.measure import Timing
-from bench.results import OK, write_payload
+from bench.results import OK, write_json
 from bench.steps.cases import StepCase
 
 WRONG = "wrong"
 """Status of a contestant that does not take the same step: it is not timed."""
 OUT_OF_MEMORY = "out of memory"
-NOT_FINISHED = "not finished"
-"""Status of what the time limit cut off: neither a failure nor a measurement."""
 
 Quantity = Literal["length", "pairs"]
 
@@ -110,7 +108,7 @@ def write_step_run(
         "rows": [asdict(row) for row in rows],
         "limits": [asdict(row) for row in limits],
     }
-    write_payload(path, payload)
+    write_json(path, payload)
 
 
 def step_row_from(record: dict[str, Any]) -> StepRow:
