@@ -18,7 +18,15 @@ from typing import TypeAlias
 import torch
 
 from bench.cases import GIB, MIB
-from bench.results import FAILED, OK, RESULTS, describe_machine, machine_slug
+from bench.results import (
+    FAILED,
+    NOT_FINISHED,
+    NOT_FINISHED_CODE,
+    OK,
+    RESULTS,
+    describe_machine,
+    machine_slug,
+)
 from bench.steps import cases as steps
 from bench.steps.cases import StepCase
 from bench.steps.contestants import STEP_CONTESTANTS
@@ -171,7 +179,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit code says whether any row of this package failed or is wrong."""
+    """Run the benchmark.
+
+    The exit code is 1 where a row of this package failed or is wrong, else 3 where time ran out, else 0; 2 for
+    arguments that cannot be run here.
+    """
     args = _parse(argv)
     if args.list:
         for case in steps.ALL_CASES.values():
@@ -208,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not names:
             continue
         started = time.time()
-        for row in run_past_crashes(replace(job, contestants=names), time_left):
+        job = replace(job, contestants=names, deadline=started + time_left() - _GRACE_S)
+        for row in run_past_crashes(job, time_left):
             table.take(row, job.protocol)
             store()
             if isinstance(row, LimitRow):
@@ -218,7 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"-- {job.case.name}: {time.time() - started:.0f} s", flush=True)
     print(f"wrote {path}")
     ours = [row for row in table.everything() if row.contestant == "slime_fused"]
-    return int(any(row.status in (FAILED, WRONG) for row in ours))
+    if any(row.status in (FAILED, WRONG) for row in ours):
+        return 1
+    return NOT_FINISHED_CODE if any(row.status == NOT_FINISHED for row in table.everything()) else 0
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ pytest.importorskip("peft")
 
 from bench import end_to_end, report
 from bench.cases import IGNORE_INDEX, MIB
-from bench.results import FAILED, OK, UNSUPPORTED
-from bench.steps import check, worker
+from bench.results import FAILED, NOT_FINISHED, NOT_FINISHED_CODE, OK, UNSUPPORTED
+from bench.steps import check, runner, worker
 from bench.steps.cases import ALL_CASES, GPU_CASES, MODEL_SHAPES, StepCase, make_batch
 from bench.steps.check import compare, expected_fingerprint, fingerprint
 from bench.steps.contestants import STEP_CONTESTANTS, Prepared, StepContestant
 from bench.steps.memory import is_out_of_memory, largest_fitting, limited_data
 from bench.steps.model import build_training, held_bytes, training_step
 from bench.steps.report import draw_steps, steps_markdown, stored_step_runs
-from bench.steps.results import NOT_FINISHED, WRONG, LimitRow, StepRow, read_step_run, round_ratios
+from bench.steps.results import WRONG, LimitRow, StepRow, read_step_run, round_ratios
 from bench.steps.runner import CPU_MEMORY, CPU_STEPS, Bounds, StepProtocol, run_step_case
 from bench.steps.worker import Search, StepJob, run_past_crashes, run_step_job
 from bench.worker import OUT_OF_TIME
@@ -371,6 +371,25 @@ def test_a_wrong_row_of_this_package_is_no_success(monkeypatch, tmp_path):
         str(tmp_path),
     ]
     assert end_to_end.main(arguments) == 1
+
+
+def test_a_spent_budget_starts_nothing_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(worker, "_child_lines", lambda *_: pytest.fail("a process was started"))
+    arguments = ["--device", "cpu", "--quick", "--time-budget", "0", "--out", str(tmp_path)]
+    assert end_to_end.main(arguments) == NOT_FINISHED_CODE
+    run = read_step_run(tmp_path / "end_to_end.json")
+    assert {(row.status, row.reason) for row in (*run.rows, *run.limits)} == {(NOT_FINISHED, OUT_OF_TIME)}
+
+
+def test_late_contestants_are_left_out_and_the_others_are_timed(monkeypatch):
+    clock = iter([0.0, 0.0, 59.0, 61.0, 99.0, 101.0])
+    monkeypatch.setattr(runner.time, "time", lambda: next(clock))
+    names = ("slime_fused", "naive", "naive-reference")
+    rows = run_step_case(
+        TINY, [STEP_CONTESTANTS[name] for name in names], CPU, StepProtocol(rounds=5), deadline=100.0
+    )
+    assert [len(row.samples_ms) for row in rows] == [2, 2, 0]
+    assert (rows[2].status, rows[2].reason) == (NOT_FINISHED, OUT_OF_TIME)
 
 
 @pytest.mark.slow

@@ -133,17 +133,17 @@ STEP_CONTESTANTS = {
             _naive_with_reference,
         ),
         StepContestant(
+            "trl-fused-head",
+            "ChunkedLogProbFunction as TRL's trainers call it; SLIME terms in PyTorch",
+            _trl_fused_head,
+            needs=("trl", "datasets"),
+        ),
+        StepContestant(
             "naive-compiled",
             "torch.compile of the head's product, the float32 log-softmax and the gather; decoder, SLIME terms "
             "and optimiser eager",
             _naive_compiled,
             compiles=True,
-        ),
-        StepContestant(
-            "trl-fused-head",
-            "ChunkedLogProbFunction as TRL's trainers call it; SLIME terms in PyTorch",
-            _trl_fused_head,
-            needs=("trl", "datasets"),
         ),
     )
 }

@@ -15,8 +15,6 @@ from bench.steps.cases import StepCase
 WRONG = "wrong"
 """Status of a contestant that does not take the same step: it is not timed."""
 OUT_OF_MEMORY = "out of memory"
-NOT_FINISHED = "not finished"
-"""Status of what the time limit cut off: neither a failure nor a measurement."""
 
 Quantity = Literal["length", "pairs"]
 

@@ -12,14 +12,14 @@ import torch
 
 from bench.contestants import Step
 from bench.measure import clock_for, peak_memory
-from bench.results import FAILED, OK, UNSUPPORTED
+from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED
 from bench.runner import DeviceLost
 from bench.steps.cases import StepBatch, StepCase, make_batch
 from bench.steps.check import TOLERANCE, Fingerprint, StepErrors, compare, expected_fingerprint, fingerprint
 from bench.steps.contestants import StepContestant
 from bench.steps.memory import Found, is_out_of_memory, largest_fitting, limited_data, release_memory
 from bench.steps.model import Training, build_training, held_bytes, training_step
-from bench.steps.results import NOT_FINISHED, OUT_OF_MEMORY, WRONG, LimitRow, Quantity, StepRow
+from bench.steps.results import OUT_OF_MEMORY, WRONG, LimitRow, Quantity, StepRow
 from bench.worker import OUT_OF_TIME
 
 Report = Callable[[StepRow], None]
@@ -47,6 +47,9 @@ CPU_STEPS = StepProtocol()
 CPU_MEMORY = StepProtocol(check=False, memory=True, time=False)
 GPU_STEPS = StepProtocol(rounds=3, repeats=2, warm=1, memory=True)
 
+# Of the time until a deadline: code of late contestants is still compiled when the first ones could be timed.
+_SHARE_OF_ROUNDS = 0.4
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -66,9 +69,12 @@ def run_step_case(
 ) -> list[StepRow]:
     """Rows of all contestants, in their order; each is reported whenever it has learnt something.
 
-    ``deadline``: seconds since the epoch after which no contestant and no round is begun. Raises DeviceLost after
-    a CUDA fault; rows reported until then are valid.
+    ``deadline``: seconds since the epoch after which no round is begun; the last part of the time until then is
+    kept for rounds, and contestants that were not checked before it are left out. Raises DeviceLost after a CUDA
+    fault; rows reported until then are valid.
     """
+    begun = time.time()
+    last_check = begun + (deadline - begun) * (1.0 - (_SHARE_OF_ROUNDS if protocol.time else 0.0))
     rows: dict[str, StepRow] = {}
     training, batch = build_training(case, device), make_batch(case, device)
     expected = expected_fingerprint(training, batch) if protocol.check else None
@@ -78,7 +84,7 @@ def run_step_case(
         reason = contestant.unsupported()
         if reason is not None:
             row = replace(row, status=UNSUPPORTED, reason=reason)
-        elif time.time() >= deadline:
+        elif time.time() >= last_check:
             row = replace(row, status=NOT_FINISHED, reason=OUT_OF_TIME)
         else:
             try:

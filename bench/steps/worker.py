@@ -22,11 +22,11 @@ from typing import IO, Any, TypeAlias
 
 import torch
 
-from bench.results import FAILED, OK
+from bench.results import FAILED, NOT_FINISHED, OK
 from bench.runner import DeviceLost
 from bench.steps.cases import StepCase
 from bench.steps.contestants import STEP_CONTESTANTS
-from bench.steps.results import NOT_FINISHED, LimitRow, Quantity, StepRow, limit_row_from, step_row_from
+from bench.steps.results import LimitRow, Quantity, StepRow, limit_row_from, step_row_from
 from bench.steps.runner import Bounds, StepProtocol, find_limit, run_step_case
 from bench.worker import OUT_OF_TIME
 
