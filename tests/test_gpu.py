@@ -51,6 +51,12 @@ def relative_error(got, truth):
     return ((got.cpu().double() - truth).norm() / truth.norm()).item()
 
 
+def assert_same_but_for_rounding(got, expected):
+    """Products of another stream or another card: cuBLAS promises their bits on neither."""
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b.cpu().double()) <= torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("case", grid.row_cases(GPU_DTYPES), ids=lambda c: c.name)
 def test_softmax_residual(backend, case):
     grid.check_softmax_residual(backend, case, DEVICE)
@@ -129,7 +135,7 @@ def test_stream_the_kernels_run_on_the_current_one(backend):
             target.copy_(source)
         got = run(sf, late, backend=backend.name, workspace="90KB")
     side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert_same_but_for_rounding(got, expected)
 
 
 def test_stream_row_kernels_wait_for_their_own(backend):
@@ -284,7 +290,7 @@ def test_second_device(backend):
     first = run(sf, [t.to("cuda:0") for t in tensors], backend=backend.name)
     second = run(sf, [t.to("cuda:1") for t in tensors], backend=backend.name)
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+    assert_same_but_for_rounding(second, first)
 
 
 def test_label_out_of_range_is_a_device_assertion():

@@ -94,7 +94,7 @@ WANTED = [
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("wanted", WANTED, ids="+".join)
 def test_frozen_inputs_get_no_gradient_and_change_no_other(wanted, kind, backend):
-    batch = make_batch(has_bias=True, dtype=torch.float32)
+    batch = make_batch(has_bias=True)
     workspace, _ = force_plan(kind, batch.leaves())
     everything = run(sf.slime_loss, batch, backend=backend, workspace=workspace)
     leaves = batch.leaves(wanted)
@@ -102,11 +102,9 @@ def test_frozen_inputs_get_no_gradient_and_change_no_other(wanted, kind, backend
     for name, leaf in leaves.tensors().items():
         if name not in wanted:
             assert leaf.grad is None, f"{name} is frozen"
-        elif backend == "torch" and kind == "resweep":
-            # This backend sums a row's exponentials in another order where it forms no residual.
-            torch.testing.assert_close(leaf.grad, everything.grads[name], rtol=1e-5, atol=1e-6)
         else:
-            assert torch.equal(leaf.grad, everything.grads[name]), f"d_{name} depends on what else is wanted"
+            # Other products and buffers, so perhaps another order of summation.
+            torch.testing.assert_close(leaf.grad, everything.grads[name], rtol=1e-12, atol=1e-14, msg=name)
 
 
 @pytest.mark.parametrize("kind", PLANS)
@@ -171,9 +169,10 @@ def test_default_plan_of_a_small_batch_is_one_chunk(backend):
     batch = make_batch(has_bias=True, dtype=torch.float32)
     automatic = run(sf.slime_loss, batch, backend=backend)
     forced = run(sf.slime_loss, batch, backend=backend, workspace=force_plan("stream", batch.leaves())[0])
-    assert batch.leaves().call(sf.explain_plan).kind == "stream"
+    plan = batch.leaves().call(sf.explain_plan)
+    assert (plan.kind, len(plan.chunks)) == ("stream", 1)
     for name, grad in automatic.grads.items():
-        assert torch.equal(grad, forced.grads[name])
+        torch.testing.assert_close(grad, forced.grads[name])
 
 
 def test_ignored_rows_get_exactly_zero_gradient(backend):

@@ -39,7 +39,8 @@ def test_python_blocks(cwd, capsys):
         exec(compile(block, "README.md", "exec"), scope)
         if isinstance(scope.get("loss"), torch.Tensor):
             values.append(scope["loss"].item())
-    torch.testing.assert_close(values[0], scope["out"].loss.item())  # plain PyTorch says the same as the call
+    # Plain PyTorch says the same as the call, in float32.
+    torch.testing.assert_close(values[0], scope["out"].loss.item(), rtol=1e-5, atol=0)
     assert "plan         stream" in capsys.readouterr().out
     assert scope["trainer"].state.global_step > 0
 
