@@ -194,17 +194,18 @@ def test_a_constant_is_chosen_over_all_cases_that_it_ran_in():
     assert best is not None
     assert best[0] == {"block": 1}
     assert best[1] == pytest.approx(2**0.5)
-    assert (
-        "ROW_CONFIGS (one for all) = RowConfig(block=1)  # 1.414 x the best of each case"
-        in sweep.winners_markdown(results)
-    )
+    text = sweep.winners_markdown(results)
+    assert "triton-rows, all cases: RowConfig(block=1), 1.414 x the best of each" in text
     assert sweep.best_over_cases([], "linear") is None
 
 
-def test_candidates_of_the_cuda_kernel_are_plans_that_it_accepts():
+def test_candidates_of_the_cuda_kernel_are_plans_that_it_accepts(monkeypatch):
     """The extension checks each when it is made; every vocabulary has several of both stages."""
-    if not hasattr(row_kernels.native(), "choose_row_plan"):
+    native = row_kernels.native()
+    if not hasattr(native, "choose_row_plan"):
         pytest.skip("slime_fused._C was built without CUDA kernels")
+    types_alone = SimpleNamespace(RowStage=native.RowStage, RowPlan=native.RowPlan)
+    monkeypatch.setattr(candidates, "native", lambda: types_alone)
     for vocab in sweep.VOCABULARIES:
         plans = candidates.row_plans(Case(vocab, vocab, torch.bfloat16), 90, {})
         names = [candidates.describe_plan(plan) for plan in plans]
@@ -233,6 +234,31 @@ def test_candidates_come_from_a_file_or_from_the_kernels_own_list(monkeypatch, t
     path.write_text('{"row": []}')
     with pytest.raises(SystemExit, match="expected the kernels rows, triton-rows, triton-stream, linear, got row"):
         candidates.read_listed(path)
+
+
+def test_candidates_of_triton_reach_the_launch(monkeypatch):
+    """Through the backend, whichever way it chooses its own; None leaves the choice to it."""
+    pytest.importorskip("triton")
+    from bench.micro import triton_bench
+
+    launched = []
+
+    def launch(*arguments, config=None, **keywords):
+        launched.append(config)
+
+    monkeypatch.setattr(triton_bench.rows, "logits_stats", launch)
+    monkeypatch.setattr(triton_bench.linear_stats, "linear_stats", launch)
+    row_config = triton_bench.RowConfig(block=512, num_warps=2)
+    bench(triton_bench.TritonRows()).stats(row_config)
+    bench(triton_bench.TritonRows()).stats()
+    tile = triton_bench.LinearConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
+    linear = triton_bench.LinearBench((8, 32, 64), CPU, torch.float32, repeats=1)
+    assert linear.measure(tile).correct is False  # nothing was computed
+    linear.measure()
+    assert launched[0] == row_config
+    assert row_config not in launched[1:]
+    assert launched[2] == tile
+    assert launched[-1] not in (None, tile)
 
 
 def test_sweep_writes_every_candidate_and_the_winners(tmp_path):

@@ -6,6 +6,7 @@ Where the kernels' own modules list candidates (`slime_fused._C.cuda.row_plan_ca
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,14 +46,17 @@ def row_plans(case: Case, capability: int, listed: Listed) -> list[Any]:
         plans = list(module.row_plan_candidates(case.vocab, case.dtype.itemsize, capability))
     else:
         plans = list(_built_row_plans(case, module))
-    return [None, *plans]
+    shipped = None
+    if hasattr(module, "choose_row_plan"):
+        shipped = describe_plan(module.choose_row_plan(case.vocab, case.dtype.itemsize, capability))
+    return [None, *(plan for plan in plans if describe_plan(plan) != shipped)]
 
 
 def _built_row_plans(case: Case, module: Any) -> list[Any]:
     """Rows staged in shared memory or registers by 1 to 16 blocks, and rows read twice through L2."""
     vectors = -(-case.vocab * case.dtype.itemsize // 16) + 1
     shared, registers = module.RowStage.shared, module.RowStage.registers
-    plans = []
+    layouts: list[dict[str, Any]] = []
     for cluster in (1, 2, 4, 8, 16):
         for threads in (128, 256, 384, 512):
             needed = -(-vectors // (cluster * threads))
@@ -60,20 +64,24 @@ def _built_row_plans(case: Case, module: Any) -> list[Any]:
             if needed < 2 or (held < needed and threads < 512):
                 continue
             layout = {"stage": shared, "cluster": cluster, "threads": threads, "shared_vectors": held}
-            plans.append(module.RowPlan(**layout))
+            layouts.append(layout)
             if threads >= 256 and cluster in (2, 4, 8):
-                plans.append(module.RowPlan(**layout, streaming=True))
+                layouts.append({**layout, "streaming": True})
         threads = -(-vectors // (cluster * 8 * 32)) * 32
-        if 64 <= threads <= 1024:
-            plans.append(module.RowPlan(stage=registers, cluster=cluster, threads=threads))
-            plans.append(module.RowPlan(stage=registers, cluster=cluster, threads=threads, streaming=True))
-    for pad in (200 << 10, 100 << 10, 0):  # one, two and three blocks per multiprocessor
-        plans.append(module.RowPlan(stage=shared, threads=512, pad_bytes=pad))
+        if threads >= 64:
+            layout = {"stage": registers, "cluster": cluster, "threads": threads}
+            layouts += [layout, {**layout, "streaming": True}]
+    # One, two and three blocks per multiprocessor.
+    layouts += [{"stage": shared, "threads": 512, "pad_bytes": pad} for pad in (200 << 10, 100 << 10, 0)]
+    plans = []
+    for layout in layouts:
+        with contextlib.suppress(ValueError):  # the kernel states its own limits
+            plans.append(module.RowPlan(**layout))
     return plans
 
 
-def triton_configs(kernel: str, configs: Any, listed: Listed, shipped: Any) -> list[Any]:
-    """Candidates of "triton-rows", "triton-stream" or "linear", after the shipped one."""
+def triton_configs(kernel: str, configs: Any, listed: Listed) -> list[Any]:
+    """Candidates of "triton-rows", "triton-stream" or "linear"; None is what the backend takes by itself."""
     kind = configs.LinearConfig if kernel == "linear" else configs.RowConfig
     name = {"triton-rows": "ROW", "triton-stream": "STREAM", "linear": "LINEAR"}[kernel]
     if kernel in listed:
@@ -82,7 +90,7 @@ def triton_configs(kernel: str, configs: Any, listed: Listed, shipped: Any) -> l
         candidates = list(getattr(configs, f"{name}_CANDIDATES"))
     else:
         candidates = _built_configs(kernel, configs)
-    return list(dict.fromkeys([shipped, *candidates]))
+    return [None, *dict.fromkeys(candidates)]
 
 
 def _built_configs(kernel: str, configs: Any) -> list[Any]:

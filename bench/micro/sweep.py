@@ -6,8 +6,8 @@
 Nothing is compiled again for a layout of the CUDA kernel, so a vocabulary takes seconds; a Triton tile takes its
 compilation. Every candidate is compared with float64 before it is timed, and written at once. Beside the JSON file
 goes `sweep.md`: per kernel and vocabulary the fastest right candidate against the shipped one, from which
-`csrc/cuda/row_plan.cpp` can be edited, and per Triton kernel the one that is best over all vocabularies, for the
-constants of `triton_kernels/configs.py`. `mine.json` holds {"rows": [{"cluster": 4, "threads": 256,
+`csrc/cuda/row_plan.cpp` and `triton_kernels/configs.py` can be edited, and per Triton kernel the one that is best
+over all of them. `mine.json` holds {"rows": [{"cluster": 4, "threads": 256,
 "shared_vectors": 16}], "triton-rows": [{"block": 8192, "num_warps": 16}]}, keyword arguments of `RowPlan`,
 `RowConfig` and `LinearConfig`; without it the lists of `bench/micro/candidates.py` are compared.
 """
@@ -38,12 +38,8 @@ TOY_LINEAR_SHAPES = ((8, 32, 260),)
 _ROW_KERNELS = {"triton-rows": "softmax_residual", "triton-stream": "residual_from_stats"}
 # Toy sizes take as few candidates as show that the machinery works.
 _TOY_CANDIDATES = 3
-# What configs.py calls the constant that a kernel's best candidate replaces.
-_CONSTANTS = {
-    "triton-rows": "ROW_CONFIGS (one for all)",
-    "triton-stream": "STREAM_CONFIG",
-    "linear": 'LINEAR_CONFIGS["sm90", 2]',
-}
+# The kernels whose tile sizes are constants of configs.py.
+_TRITON = {"triton-rows": "RowConfig", "triton-stream": "RowConfig", "linear": "LinearConfig"}
 
 
 class Sweep:
@@ -84,13 +80,9 @@ class Sweep:
         dtype = torch.float32 if self.is_toy else torch.bfloat16
         case = Case(vocab, vocab, dtype, size=16 * vocab if self.is_toy else GIB)
         bench = RowBench(case, self.copy_gb_s, TritonRows(), self.device, self.repeats, slack=4)
-        family = "small" if self.is_toy else "sm90"
-        of_rows = configs.row_config(family, vocab, dtype.itemsize)
-        shipped = of_rows if sweep == "triton-rows" else configs.STREAM_CONFIG
-        found = candidates.triton_configs(sweep, configs, self.listed, shipped)
-        for i, config in enumerate(self._shortened(found)):
+        for config in self._shortened(candidates.triton_configs(sweep, configs, self.listed)):
             result = bench.measure(_ROW_KERNELS[sweep], short(config), config)
-            self._add(sweep, case.name, result, asdict(config), is_shipped=i == 0)
+            self._add(sweep, case.name, result, _record(config), is_shipped=config is None)
 
     def linear(self, shape: tuple[int, int, int]) -> None:
         """torch.mm and every tile of the fused head at one (M, D, V)."""
@@ -100,11 +92,15 @@ class Sweep:
 
         bench = LinearBench(shape, self.device, torch.float32 if self.is_toy else torch.bfloat16, self.repeats)
         self._add("linear", bench.name, bench.product, {}, is_shipped=False)
-        found = candidates.triton_configs("linear", configs, self.listed, configs.LINEAR_CONFIGS["sm90", 2])
+        found = candidates.triton_configs("linear", configs, self.listed)
         if self.is_toy:  # what the interpreter runs in seconds
-            found = [configs.LINEAR_CONFIGS["small", 4]]
-        for i, config in enumerate(found):
-            self._add("linear", bench.name, bench.measure(config), asdict(config), is_shipped=i == 0)
+            found = [None, configs.LINEAR_CONFIGS["small", 4]]
+        for config in found:
+            self._add("linear", bench.name, bench.measure(config), _record(config), is_shipped=config is None)
+
+
+def _record(config: Any) -> dict[str, Any]:
+    return {"config": "as shipped"} if config is None else asdict(config)
 
 
 def _plain(value: Any) -> Any:
@@ -150,7 +146,7 @@ def best_over_cases(results: Sequence[dict[str, Any]], sweep: str) -> tuple[dict
 
 
 def winners_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The winners per case, and for Triton the constants of configs.py."""
+    """The winners per case, and for Triton the best of all cases."""
     lines = []
     for row in winners(results):
         best, shipped = row["best"], row["shipped_ms"]
@@ -160,12 +156,11 @@ def winners_markdown(results: Sequence[dict[str, Any]]) -> str:
         lines.append((row["sweep"], row["case"], values, *times))
     headings = ("kernel", "case", "fastest right candidate", "ms", "shipped, ms", "gain")
     parts = [markdown_table(headings, lines)]
-    for sweep, constant in _CONSTANTS.items():
+    for sweep, kind in _TRITON.items():
         chosen = best_over_cases(results, sweep)
         if chosen is not None:
-            kind = "LinearConfig" if sweep == "linear" else "RowConfig"
             values = ", ".join(f"{name}={value}" for name, value in chosen[0].items())
-            parts.append(f"{constant} = {kind}({values})  # {chosen[1]:.3f} x the best of each case")
+            parts.append(f"{sweep}, all cases: {kind}({values}), {chosen[1]:.3f} x the best of each")
     return "\n\n".join(parts) + "\n"
 
 

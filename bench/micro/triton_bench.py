@@ -1,106 +1,65 @@
-"""The Triton kernels with a tile size of the caller's, behind the contracts that the micro-benchmarks call.
+"""The Triton kernels with a tile size of the caller's, through the backend as the engine calls it.
 
 Importing this imports Triton. With TRITON_INTERPRET=1 the kernels take CPU tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slime_fused.triton_kernels import configs, linear_stats, rows
+from slime_fused.triton_kernels import linear_stats, rows
 from slime_fused.triton_kernels.configs import LinearConfig, RowConfig
-from torch import Tensor
 
 from bench.micro.common import first_line, synchronize, time_ms
-from slime_fused.backends.base import HeadTransform, TokenLoss
+from bench.micro.row_bench import KERNELS, PLAIN_HEAD
+from slime_fused.backends import get_backend
 
 CHECKED_ROWS = 64
 # Rows of torch.mm's slices, the yardstick of the fused head: what a chunk of the engine has.
 PRODUCT_ROWS = 2048
 
 
+@contextmanager
+def replaced(module: Any, name: str, substitute: Callable[..., Any]) -> Iterator[None]:
+    """``module.name`` is ``substitute(original)`` inside the block."""
+    original = getattr(module, name)
+    setattr(module, name, substitute(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
 class TritonRows:
-    """The row kernels of `Backend`, with ``plan`` a `RowConfig`; the shipped one where it is left out."""
+    """The Triton backend, whose row kernels take a ``plan``: a `RowConfig` in place of the shipped one."""
 
-    def softmax_residual(
-        self,
-        logits: Tensor,
-        out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        loss: Tensor | None,
-        plan: RowConfig | None = None,
-    ) -> None:
-        """See `Backend.softmax_residual`."""
-        rows.softmax_residual(
-            logits, out, labels, bias, row_max, row_sum, logp, loss, scale=head.scale, softcap=head.softcap,
-            label_smoothing=token_loss.label_smoothing, z_loss=token_loss.z_loss, config=plan or _shipped(logits),
-        )  # fmt: skip
+    def __getattr__(self, name: str) -> Any:
+        kernel = getattr(get_backend("triton"), name)
+        if name not in KERNELS:
+            return kernel
 
-    def logits_stats(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        label_logit: Tensor,
-        logit_sum: Tensor | None,
-        merge: bool,
-        plan: RowConfig | None = None,
-    ) -> None:
-        """See `Backend.logits_stats`."""
-        rows.logits_stats(
-            logits, labels, bias, row_max, row_sum, label_logit, logit_sum, scale=head.scale, softcap=head.softcap,
-            col_offset=col_offset, merge=merge, config=plan or _shipped(logits),
-        )  # fmt: skip
+        def run(*args: Any, plan: RowConfig | None = None, **kwargs: Any) -> None:
+            if plan is None:
+                kernel(*args, **kwargs)
+                return
 
-    def residual_from_stats(
-        self,
-        logits: Tensor,
-        out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        col_offset: int,
-        vocab_size: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        row_scale: Tensor | None,
-        plan: RowConfig = configs.STREAM_CONFIG,
-    ) -> None:
-        """See `Backend.residual_from_stats`."""
-        rows.residual_from_stats(
-            logits, out, labels, bias, row_max, row_sum, logp, row_scale, scale=head.scale, softcap=head.softcap,
-            label_smoothing=token_loss.label_smoothing, z_loss=token_loss.z_loss,
-            col_offset=col_offset, vocab_size=vocab_size, config=plan,
-        )  # fmt: skip
+            def configured(launch: Callable[..., Any]) -> Callable[..., Any]:
+                return lambda *a, **k: launch(*a, **{**k, "config": plan})
 
+            with replaced(rows, name, configured):
+                kernel(*args, **kwargs)
 
-def _shipped(logits: Tensor) -> RowConfig:
-    family = "small"
-    if logits.is_cuda:
-        major, minor = torch.cuda.get_device_capability(logits.device)
-        family = configs.target_family("cuda", 10 * major + minor)
-    return configs.row_config(family, logits.shape[1], logits.element_size())
+        return run
 
 
 def short(config: Any) -> str:
-    """A configuration in a table's cell."""
+    """A configuration in a table's cell; None is the shipped one."""
+    if config is None:
+        return "shipped"
     if isinstance(config, RowConfig):
         return f"block {config.block}, {config.num_warps} warps"
     if not isinstance(config, LinearConfig):
@@ -163,31 +122,34 @@ class LinearBench:
         count, depth, vocab = self.shape
         return 2 * count * depth * vocab / ms / 1e9
 
-    def measure(self, config: LinearConfig) -> LinearResult:
-        """Check and time one tile; one that cannot be launched says why."""
-        count, _, vocab = self.shape
+    def measure(self, config: LinearConfig | None = None) -> LinearResult:
+        """Check and time one tile (None: the shipped one); one that cannot be launched says why."""
+        name = short(config)
+        backend: Any = get_backend("triton")
+        row_max, row_sum, label_logit = self.out
+
+        def run() -> None:
+            backend.linear_stats(
+                self.hidden, self.weight, self.labels, None, PLAIN_HEAD, col_offset=0,
+                row_max=row_max, row_sum=row_sum, label_logit=label_logit, logit_sum=None,
+            )  # fmt: skip
+
+        def chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
+            return choose if config is None else lambda *arguments: config
+
         try:
-            partials = torch.empty(2, *linear_stats.partial_shape(count, vocab, config), device=self.device)
-
-            def run() -> None:
-                linear_stats.linear_stats(
-                    self.hidden, self.weight, self.labels, None, *self.out, None, partials,
-                    scale=1.0, softcap=None, col_offset=0, config=config,
-                )  # fmt: skip
-
-            run()
-            lse = self.out[0].double() + self.out[1].double().log()
-            error = float((lse[self.sample] - self.exact_lse).abs().max())
-            error = max(error, float((self.out[2][self.sample].double() - self.exact_label).abs().max()))
-            ms, spread = time_ms(self.device, run, repeats=self.repeats)
+            with replaced(linear_stats, "choose_config", chosen):
+                run()
+                lse = row_max.double() + row_sum.double().log()
+                error = float((lse[self.sample] - self.exact_lse).abs().max())
+                error = max(error, float((label_logit[self.sample].double() - self.exact_label).abs().max()))
+                ms, spread = time_ms(self.device, run, repeats=self.repeats)
         except Exception as failure:
             synchronize(self.device)  # raises after a fault, which leaves nothing to go on with
-            return LinearResult(self.name, "linear_stats", short(config), None, 0, 0, 0, None, first_line(failure))
+            return LinearResult(self.name, "linear_stats", name, None, 0, 0, 0, None, first_line(failure))
         # An ulp of bfloat16 at 8: products are summed in other orders.
         is_right = error < 4e-2
         assert self.product.milliseconds is not None
         share = self.product.milliseconds / ms
         note = "" if is_right else f"off by {error:.1e}"
-        return LinearResult(
-            self.name, "linear_stats", short(config), ms, spread, self._rate(ms), share, is_right, note
-        )
+        return LinearResult(self.name, "linear_stats", name, ms, spread, self._rate(ms), share, is_right, note)
