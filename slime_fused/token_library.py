@@ -21,7 +21,7 @@ from slime_fused.op import SlimeParameters, refuse_transformed_backward, run_sli
 def _segment_sum(values: Tensor, cu_seqlens: Tensor, mean: bool, backend: str) -> Tensor:
     out = values.new_empty(cu_seqlens.shape[0] - 1)
     kernels = resolve_backend(backend, values.device, values.dtype)
-    kernels.segment_sum(values.contiguous(), cu_seqlens.contiguous(), out, mean=mean)
+    kernels.segment_sum(values.contiguous(), _bounds(cu_seqlens), out, mean=mean)
     return out
 
 
@@ -29,8 +29,13 @@ def _segment_sum_backward(d_out: Tensor, cu_seqlens: Tensor, size: int, mean: bo
     # Values beyond the last boundary belong to no segment.
     d_values = d_out.new_zeros(size)
     kernels = resolve_backend(backend, d_out.device, d_out.dtype)
-    kernels.segment_sum_backward(d_out.contiguous(), cu_seqlens.contiguous(), d_values, mean=mean)
+    kernels.segment_sum_backward(d_out.contiguous(), _bounds(cu_seqlens), d_values, mean=mean)
     return d_values
+
+
+def _bounds(cu_seqlens: Tensor) -> Tensor:
+    # Inductor makes an int64 tensor of an int32 one that is multiplied with a symbolic size.
+    return cu_seqlens.to(torch.int32).contiguous()
 
 
 def _segment_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
