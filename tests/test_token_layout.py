@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +111,17 @@ def test_beside_a_layout(function):
         function(layout.hidden[:, 1:], layout.weight, layout.labels)
     with pytest.raises(ValueError, match=r"labels: expected ignore_index or a value in \[0, 20\), got"):
         function(layout.hidden, layout.weight[:20], layout.labels)
+
+
+def test_the_code_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "backends.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    batch = make_batch(dtype=torch.float32, prompt=3)
+    scope = {"sf": sf, "hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels}
+    exec(code, scope)
+    expected = sf.reference.slime_loss(batch.hidden, batch.weight, batch.labels, shift=True).loss
+    torch.testing.assert_close(scope["loss"], expected)
+    assert scope["logps"].shape == batch.labels.shape
 
 
 class _Recorder(TorchDispatchMode):
