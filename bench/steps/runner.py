@@ -91,6 +91,7 @@ def run_step_case(
                 row = _examine(row, contestant, case, training, batch, protocol, expected)
             except Exception as error:
                 row = failure(row, error)
+            training.clear_gradients()
         rows[contestant.name] = row
         report(row)
     if protocol.time:
@@ -179,6 +180,7 @@ def _take_turns(
             except Exception as error:
                 rows[name] = failure(rows[name], error)
                 del steps[name]
+                training.clear_gradients()
             report(rows[name])
         release_memory(device)
 
