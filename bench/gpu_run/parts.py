@@ -64,12 +64,16 @@ def _tests(settings: Settings) -> dict[str, Part]:
     parallel = ("-n", str(workers)) if has_xdist else ()
     rest = ("-m", "gpu and not alone", "-k", "not stream", "--maxfail=30", "--durations=8", *parallel)
     alone = ("-m", "gpu and alone", "-k", "not stream")
+    on_triton = _pytest(settings, "tests-triton", triton, *rest, share=50)
+    if settings.is_toy:  # in Triton's interpreter, which takes minutes for all
+        on_triton = _pytest(settings, "tests-triton", triton, "-m", "gpu", "-k", "hinge", share=50)
+        on_triton = replace(on_triton, variables={"TRITON_INTERPRET": "1"})
     return {
         # A kernel on the wrong stream makes every later number meaningless, so that is asked first.
         "stream-tests": _pytest(settings, "stream-tests", native, "-x", "-m", "gpu", "-k", "stream", share=30),
         "tests-alone": _pytest(settings, "tests-alone", native, *alone, share=15),
         "tests": _pytest(settings, "tests", native, *rest, share=50),
-        "tests-triton": _pytest(settings, "tests-triton", triton, *rest, share=50),
+        "tests-triton": on_triton,
     }
 
 
