@@ -107,11 +107,11 @@ def merge(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def earlier_rows(path: Path, machine: dict[str, Any]) -> list[Row]:
-    """The rows of a result file of the same commit on the same device; none from any other."""
+    """The rows of a result file of the same code on the same device; none from any other."""
     if not path.exists():
         return []
     run = read_run(path)
-    for name in ("commit", "gpu", "cpu"):
+    for name in ("commit", "sources", "torch", "gpu", "cpu"):
         if run.machine.get(name) != machine.get(name):
             print(f"bench.gpu: {path} is from another {name}: its rows are not kept")
             return []
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for batch in run_heats(remaining(heats, rows), args.device, deadline, lambda row: keep([row])):
         keep(batch)
         print(format_rows(batch, ALL_CASES), flush=True)
-    print(f"wrote {path}")
+    print(f"{len(rows)} rows in {path}")
     ours = {row.status for row in rows if "slime_fused" in row.contestant}
     return 1 if FAILED in ours else NOT_FINISHED_CODE if NOT_FINISHED in ours else 0
 

@@ -19,6 +19,8 @@ import torch
 
 from bench.cases import Case
 from bench.clocks import read_clocks
+from bench.gpu_run.build import digest
+from bench.gpu_run.settings import ROOT
 from bench.peers import peer_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -112,14 +114,15 @@ def _cpu_model() -> str:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """The hardware and software behind the numbers."""
-    root = str(Path(__file__).parent.parent)
     machine: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # A copy of the tree without its history can be told which commit it is.
         "commit": os.environ.get("BENCH_COMMIT")
-        or _command_output("git", "-C", root, "rev-parse", "HEAD")
+        or _command_output("git", "-C", str(ROOT), "rev-parse", "HEAD")
         or "unknown",
-        "modified": bool(_command_output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")),
+        # And a changed tree, which has the same commit, is told apart by what it runs.
+        "sources": digest([ROOT / name for name in ("csrc", "slime_fused", "triton_kernels")]),
+        "modified": bool(_command_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

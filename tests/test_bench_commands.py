@@ -18,7 +18,7 @@ from bench import cpu, gpu, heats
 from bench.cases import GPU_CASES, HEADLINE, HEADLINES
 from bench.contestants import SMALL_WORKSPACE
 from bench.registry import CONTESTANTS
-from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run
+from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run, write_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.plan import make_plan, parse_bytes
@@ -181,6 +181,18 @@ def test_the_stages_cover_every_case_and_know_every_contestant():
     strongest = {"ce-quack", "ce-liger-sm90", "liger-scaled"}
     for case in HEADLINES[:3]:
         assert strongest <= {name for heat in every if case in heat.cases for name in heat.contestants}
+
+
+def test_rows_of_other_code_or_another_device_are_not_kept(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    machine = {"commit": "c", "sources": "s", "torch": "t", "gpu": "H100", "cpu": "x"}
+    assert gpu.earlier_rows(path, machine) == []
+    rows = [Row(HEADLINE.name, "naive", "slime", OK)]
+    write_run(path, machine, {}, [HEADLINE], rows)
+    assert gpu.earlier_rows(path, machine) == rows
+    for name in machine:
+        assert gpu.earlier_rows(path, {**machine, name: "other"}) == []
+        assert f"is from another {name}" in capsys.readouterr().out
 
 
 def test_what_was_measured_is_not_measured_again():

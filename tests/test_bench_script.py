@@ -134,6 +134,18 @@ def test_gpu_tests_are_found_by_their_marker():
     assert {"test_gpu.py", "test_triton_grid.py", "test_triton_linear.py", "test_triton_sweep.py"} <= found
 
 
+def test_toy_runs_try_triton_tests_in_the_interpreter(tmp_path):
+    parts = {part.name: part for part in all_parts(settings(tmp_path, device="cpu"))}
+    assert parts["tests-triton"].variables == {"TRITON_INTERPRET": "1"}
+    assert all(part.must_show == "" for part in parts.values())
+    on_gpu = {part.name: part for part in all_parts(settings(tmp_path))}
+    assert on_gpu["tests-triton"].variables == {}
+    assert on_gpu["tests-triton"].must_show == on_gpu["stream-tests"].must_show == r"\d+ passed"
+    files = [word for word in on_gpu["tests-triton"].command if word.startswith("tests/")]
+    assert "tests/test_triton_linear.py" in files
+    assert "tests/test_gpu.py" not in files
+
+
 # --- settings ----------------------------------------------------------------------------------------------------
 
 

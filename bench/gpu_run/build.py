@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ from bench.gpu_run.settings import ROOT, Settings, ask_gpu, read_settings
 SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 
 
-def sources_hash(root: Path = ROOT) -> str:
-    """Of everything that the native module is compiled from."""
-    digest = hashlib.sha256()
-    files = [root / "CMakeLists.txt", *(path for path in sorted((root / "csrc").rglob("*")) if path.is_file())]
+def digest(folders: Iterable[Path], root: Path = ROOT) -> str:
+    """Of the names and contents of all source files of these files and folders."""
+    made = hashlib.sha256()
+    files = [path for folder in folders for path in (sorted(folder.rglob("*")) if folder.is_dir() else [folder])]
     for path in files:
-        digest.update(f"{path.relative_to(root)}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        if path.is_file() and path.suffix not in (".so", ".pyc"):
+            made.update(f"{path.relative_to(root)}\n".encode())
+            made.update(path.read_bytes())
+    return made.hexdigest()
+
+
+def sources_hash() -> str:
+    """Of everything that the native module is compiled from."""
+    return digest([ROOT / "CMakeLists.txt", ROOT / "csrc"])
 
 
 def architecture() -> str:

@@ -64,12 +64,16 @@ def _tests(settings: Settings) -> dict[str, Part]:
     parallel = ("-n", str(workers)) if has_xdist else ()
     rest = ("-m", "gpu and not alone", "-k", "not stream", "--maxfail=30", "--durations=8", *parallel)
     alone = ("-m", "gpu and alone", "-k", "not stream")
+    on_triton = _pytest(settings, "tests-triton", triton, *rest, share=50)
+    if settings.is_toy:  # in Triton's interpreter, which takes minutes for all
+        on_triton = _pytest(settings, "tests-triton", triton, "-m", "gpu", "-k", "hinge", share=50)
+        on_triton = replace(on_triton, variables={"TRITON_INTERPRET": "1"})
     return {
         # A kernel on the wrong stream makes every later number meaningless, so that is asked first.
         "stream-tests": _pytest(settings, "stream-tests", native, "-x", "-m", "gpu", "-k", "stream", share=30),
         "tests-alone": _pytest(settings, "tests-alone", native, *alone, share=15),
         "tests": _pytest(settings, "tests", native, *rest, share=50),
-        "tests-triton": _pytest(settings, "tests-triton", triton, *rest, share=50),
+        "tests-triton": on_triton,
     }
 
 
@@ -85,24 +89,15 @@ def all_parts(settings: Settings) -> list[Part]:
     own = (settings.python, "-m")
     triton_variables = {"TRITON_INTERPRET": "1"} if settings.is_toy else {}
     toy = ("--toy",) if settings.is_toy else ()
+    budget = ("--time-budget", "{budget}")
     cases = ("--cases", *settings.cases) if settings.cases else ()
 
     def bench(stage: str, share: float) -> Part:
         command = _module(
             settings,
             "bench.gpu",
-            *(
-                "--stage",
-                stage,
-                "--out",
-                str(out),
-                "--continue",
-                "--time-budget",
-                "{budget}",
-                *device,
-                *toy,
-                *cases,
-            ),
+            *("--stage", stage, "--out", str(out), "--continue", *budget),
+            *(*device, *toy, *cases),
         )
         return Part(stage, "bench", command, share, 4, is_check=stage == "headline")
 
@@ -128,9 +123,8 @@ def all_parts(settings: Settings) -> list[Part]:
         *("ncu", "--set", "full", "-c", "1", "--kernel-name", "regex:softmax_residual", "--clock-control", "none"),
         *_module(settings, "bench.micro.row_kernels", "--once", *device),
     )
-    end_to_end = _module(
-        settings, "bench.end_to_end", *device, "--out", str(out), *(("--quick",) if settings.is_toy else ())
-    )
+    quick = ("--quick",) if settings.is_toy else ()
+    end_to_end = _module(settings, "bench.end_to_end", "--out", str(out), *device, *budget, *quick)
     has_steps = (ROOT / "bench" / "end_to_end.py").exists()
     return [
         Part("environment", "", (*own, "bench.gpu_run.environment"), 40, is_check=True),
