@@ -29,7 +29,7 @@ int staging_bytes(int capability) {
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whole warps with about `per_thread` vectors a thread, and at least 4 where the block has that many threads'
-// worth: a thread costs about 230 instructions a row beyond its vectors, so 16 vectors cut that to 2 an
+// worth: a thread costs 282 instructions a row beyond its vectors, so 16 vectors cut that to 2 an
 // element; but a short row needs its loads in flight from more than a warp or two.
 int threads_for(int64_t block_vectors, int per_thread) {
   const int64_t least = std::min<int64_t>(128, divide_up(block_vectors, 4));
