@@ -39,7 +39,7 @@ def prepare_arguments(
     checks.check_flag("shift", shift)
     checks.check_ignore_index(ignore_index)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
-    labels, cu_seqlens = labels.long(), None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+    labels, cu_seqlens = labels.long(), None if cu_seqlens is None else int32_bounds(cu_seqlens)
     if not is_traced(hidden, weight, labels):
         refuse_transforms(hidden=hidden, weight=weight, bias=bias, labels=labels, cu_seqlens=cu_seqlens)
         hidden, weight, labels = map(materialize, (hidden, weight, labels))
@@ -80,6 +80,14 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         return x.to(dtype) if is_cast else x
 
     return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def int32_bounds(cu_seqlens: Tensor) -> Tensor:
+    """(S + 1,) int32. What does not fit stays too large, or negative, and is refused where the values are read."""
+    limits = torch.iinfo(torch.int32)
+    if cu_seqlens.dtype != torch.int32:
+        cu_seqlens = cu_seqlens.clamp(limits.min, limits.max)
+    return cu_seqlens.to(torch.int32)
 
 
 def label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
