@@ -46,7 +46,7 @@ def prepare_arguments(
     checks.check_flag("shift", shift)
     checks.check_ignore_index(ignore_index)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
-    labels, cu_seqlens = labels.long(), None if cu_seqlens is None else cu_seqlens.to(torch.int32)
+    labels, cu_seqlens = labels.long(), None if cu_seqlens is None else int32_bounds(cu_seqlens)
     if not is_traced(hidden, weight, labels):
         refuse_transforms(hidden=hidden, weight=weight, bias=bias, labels=labels, cu_seqlens=cu_seqlens)
         hidden, weight, labels = map(materialize, (hidden, weight, labels))
@@ -87,6 +87,14 @@ def _autocast_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torc
         return None
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return None if all(x.dtype == dtype for x in tensors) else dtype
+
+
+def int32_bounds(cu_seqlens: Tensor) -> Tensor:
+    """(S + 1,) int32. What does not fit stays too large, or negative, and is refused where the values are read."""
+    limits = torch.iinfo(torch.int32)
+    if cu_seqlens.dtype != torch.int32:
+        cu_seqlens = cu_seqlens.clamp(limits.min, limits.max)
+    return cu_seqlens.to(torch.int32)
 
 
 def label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:

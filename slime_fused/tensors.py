@@ -6,6 +6,7 @@ Kernels take addresses, which all of these hide or misrepresent: each is made pl
 from __future__ import annotations
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -29,8 +30,8 @@ def require_plain(name: str, value: object) -> None:
 
 def materialize(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy where its memory does not hold its values yet (a lazy negation, lazy zeros)."""
-    tensor = tensor.resolve_neg()
-    return tensor.clone() if tensor._is_zerotensor() else tensor
+    is_lazy = tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.clone() if is_lazy else tensor
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -52,11 +53,13 @@ def refuse_transforms(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(f"{name}: slime_fused losses have no forward-mode derivative: {_INSTEAD}")
+        if type(tensor) in (Tensor, torch.nn.Parameter) or not is_traceable_wrapper_subclass(tensor):
+            continue
         kind = type(tensor).__name__
         # What a collective returns waits by itself when it is read.
-        if is_traceable_wrapper_subclass(tensor) and kind != "AsyncCollectiveTensor":
+        if kind != "AsyncCollectiveTensor":
             how = "full_tensor() or to_local()" if kind == "DTensor" else "dequantize() or its like"
             raise TypeError(f"{name}: expected a plain tensor, got {kind}; call {how}")
 

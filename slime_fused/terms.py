@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slime_fused import checks
-from slime_fused.arguments import config_numbers, config_or_default
+from slime_fused.arguments import config_numbers, config_or_default, int32_bounds
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.config import SlimeLossConfig
 from slime_fused.op import SlimeParameters, SlimeTermsFunction
@@ -39,7 +39,7 @@ def slime_terms(
     checks.check_cu_seqlens(cu_seqlens, logp.device)
     checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    cu_seqlens = int32_bounds(cu_seqlens)
     parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)
     wants = torch.is_grad_enabled() and logp.requires_grad
     if is_traced(logp, cu_seqlens):

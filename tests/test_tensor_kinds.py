@@ -127,6 +127,20 @@ def test_a_lazily_negated_upstream_gradient(name, negation, backend):
     torch.testing.assert_close(results[0], results[1], rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_lazily_negated_tensors_in_a_graph(compiler, negation):
+    """Operators get them from PyTorch's dispatcher, which carries the negation out."""
+    torch._dynamo.reset()
+    logits, labels = logits_and_labels()
+    batch = make_batch(has_bias=True)
+    lazy = replace(batch, **{k: negation(x) for k, x in batch.tensors().items()})
+    compiled = torch.compile(sf.cross_entropy, fullgraph=True, backend=compiler)
+    assert torch.equal(compiled(negation(logits), labels), sf.cross_entropy(logits, labels))
+    linear = torch.compile(sf.linear_cross_entropy, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(lazy.call(linear), batch.call(sf.linear_cross_entropy), rtol=1e-13, atol=0)
+    torch._dynamo.reset()
+
+
 def test_lazy_zeros(backend):
     """PyTorch's zero tensors have no memory at all until they are read."""
     zeros, labels = torch._efficientzerotensor((6, 37)), logits_and_labels()[1]

@@ -268,6 +268,19 @@ def test_a_plan_of_fake_tensors_says_what_to_do():
         sf.explain_plan(*(mode.from_tensor(x) for x in (batch.hidden, batch.weight, batch.labels)))
 
 
+def test_a_plan_in_a_compiled_function_breaks_the_graph_and_no_more():
+    batch = make_batch((4, 3, 5, 2))
+
+    @torch.compile(backend="eager")
+    def step(hidden: Tensor) -> tuple[Tensor, str]:
+        plan = sf.explain_plan(hidden, batch.weight, batch.labels)
+        return sf.linear_cross_entropy(hidden, batch.weight, batch.labels), plan.kind
+
+    loss, kind = step(batch.hidden)
+    assert kind == batch.call(sf.explain_plan).kind
+    torch.testing.assert_close(loss, batch.call(sf.linear_cross_entropy))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict):
     class Model(torch.nn.Module):
