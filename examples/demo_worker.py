@@ -128,7 +128,7 @@ class Head:
         rows = read_pairs(pairs)
         rows = rows.select(range(min(8 * num_pairs, len(rows))))  # more than enough: long prompts are dropped
         tokens = prepare_dataset(rows, tokenizer, args, "demo")
-        batch = PreferenceCollator(tokenizer.pad_token_id)(list(tokens.select(range(num_pairs))))
+        batch = PreferenceCollator(tokenizer.pad_token_id)(list(tokens.select(range(min(num_pairs, len(tokens))))))
         self._labels = batch["labels"]
         self._tokens = int(batch["attention_mask"].sum())
         # A head that is trained, as in full fine-tuning: the model's own, whatever the adapter does to it.
