@@ -32,7 +32,8 @@ ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
 
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
-"""Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
+"""Where a 16-bit product cannot accumulate into float32 (on the CPU; on a GPU before PyTorch 2.10) it goes through
+blocks this large."""
 
 FUSED_BELOW_ROWS = 1024
 """Rows of a chunk at which adding its dW takes as long as one of its products.

@@ -22,8 +22,8 @@ IGNORE = -100
 _ROUNDINGS = {torch.float64: 64, torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 """The floor of a tolerance, in eps of the dtype (twice a rounding). In 16 bits only the products and the residual
 round, as they do in plain PyTorch; float32 sums too are in another order (of 9,000 outputs and gradients of
-`slime_loss` the worst was 6.3 eps beyond plain PyTorch, whose own worst was 13); and a float64 truth is no better than
-a float64 result."""
+`slime_loss` the worst was 6.3 eps beyond plain PyTorch, whose own worst was 13); and a float64 truth is no better
+than a float64 result."""
 
 
 @dataclass(frozen=True)
