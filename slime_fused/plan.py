@@ -31,7 +31,8 @@ from slime_fused.problem import ROW_ALIGNMENT, Problem, padded_cols, round_up
 PlanKind = Literal["eval", "stream", "resweep", "fused"]
 
 WEIGHT_GRAD_BLOCK_BYTES = 8 << 20
-"""Where a product cannot accumulate into float32 (bf16 and fp16 on the CPU) it goes through blocks this large."""
+"""Where a 16-bit product cannot accumulate into float32 (on the CPU; on a GPU before PyTorch 2.10) it goes through
+blocks this large."""
 
 FUSED_BELOW_ROWS = 1024
 """Rows of a chunk at which adding its dW takes as long as one of its products.

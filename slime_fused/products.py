@@ -12,6 +12,10 @@ from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+_ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"  # a TorchVersion: compared as numbers
+"""Whether CUDA's ``addmm`` adds a 16-bit product to a float32 matrix. PyTorch 2.8 and 2.9 have its overload with
+``out_dtype`` too, but it refuses a float32 ``self`` ("self and mat2 must have the same dtype"): no schema tells."""
+
 
 def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out`` (M, V) = ``hidden`` (M, D) @ ``weight`` (V, D)^T. ``out`` may have padded rows."""
@@ -40,7 +44,7 @@ def add_hidden_grad(total: Tensor, residual: Tensor, weight: Tensor) -> None:
     if total.dtype == residual.dtype:
         total.addmm_(residual, weight)
     elif total.is_cuda:
-        torch.addmm(total, residual, weight, out_dtype=total.dtype, out=total)
+        _add_product(total, residual, weight)
     else:
         # bfloat16 on the CPU rounds each block's product before it is added: no mixed product exists there.
         for rows in _blocks(total.shape[0], total.shape[1] * total.element_size()):
@@ -57,7 +61,7 @@ def add_weight_grad(d_weight: Tensor, residual: Tensor, scaled_hidden: Tensor, *
         if is_first:
             torch.mm(residual.t(), scaled_hidden, out_dtype=torch.float32, out=d_weight)
         else:
-            torch.addmm(d_weight, residual.t(), scaled_hidden, out_dtype=torch.float32, out=d_weight)
+            _add_product(d_weight, residual.t(), scaled_hidden)
     elif is_mixed or _is_slow_on_cpu(residual):
         # No CPU product takes 16-bit operands into a float32 result: go through blocks of the vocabulary.
         upcast = _is_slow_on_cpu(residual)
@@ -114,6 +118,16 @@ def add_bias_grad(d_bias: Tensor, residual: Tensor, coefficient: Tensor) -> None
     """``d_bias`` (V,) acc += ``residual`` (M, V)^T @ ``coefficient`` (M,), accumulated in float32 (float64)."""
     for cols in _blocks(d_bias.shape[0], residual.shape[0] * d_bias.element_size()):
         d_bias[cols].addmv_(residual[:, cols].to(d_bias.dtype).t(), coefficient)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total`` (I, J) float32 += ``a`` (I, K) @ ``b`` (K, J), both of 16 bits, on a GPU."""
+    if _ADDS_TO_FLOAT32:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    # In blocks: a second float32 matrix of this size is what chunks must not cost.
+    for rows in _blocks(total.shape[0], total.shape[1] * total.element_size()):
+        total[rows].add_(torch.mm(a[rows], b, out_dtype=total.dtype))
 
 
 def _is_slow_on_cpu(operand: Tensor) -> bool:
