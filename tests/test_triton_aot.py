@@ -72,8 +72,14 @@ def make_target(arch):
 
 
 @cache
-def compile_kernel(kernel, arch, dtype, constants, num_warps, num_stages, checked=False, tiles=None):
-    """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors."""
+def compile_kernel(
+    kernel, arch, dtype, constants, num_warps, num_stages, checked=False, tiles=None, is_aligned=True
+):
+    """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors.
+
+    `is_aligned`: the pitch of rows is a multiple of 16 elements, which a launch tells the compiler too.
+    """
+    multiples = ("V", "D", *(name for name in INTEGERS if name.endswith("stride") and is_aligned))
     names = kernel.arg_names
     fixed = {name: True for name in FEATURES if name in names} | dict(constants)
     signature, attributes = {}, {}
@@ -92,7 +98,7 @@ def compile_kernel(kernel, arch, dtype, constants, num_warps, num_stages, checke
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "fp32"
-        if signature[name].startswith("*") or name in ("logits_stride", "out_stride", "V", "D"):
+        if signature[name].startswith("*") or name in multiples:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in fixed.items()}
     options = {
@@ -160,7 +166,7 @@ def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
     """Aligned rows, which descriptors can address, and rows of any pitch."""
     family = configs.target_family(make_target(arch).backend, arch)
     config = configs.linear_config(family, 2, can_use_descriptors=is_aligned)
-    compiled = compile_linear(config, arch, "bf16", features=features)
+    compiled = compile_linear(config, arch, "bf16", features=features, is_aligned=is_aligned)
     assert_fits(compiled, arch, config.num_warps)
     assembly = compiled.asm["amdgcn" if isinstance(arch, str) else "ptx"]
     assert TENSOR_CORES.get(arch, "mma.sync") in assembly
@@ -193,7 +199,7 @@ class FrozenTiles(dict):
         return hash(tuple(self.items()))
 
 
-def compile_linear(config, arch, dtype, *, features):
+def compile_linear(config, arch, dtype, *, features, is_aligned=True):
     """The fused head product; without features also without a tail in D."""
     constants = {
         "HAS_BIAS": features,
@@ -216,7 +222,24 @@ def compile_linear(config, arch, dtype, *, features):
         config.num_warps,
         config.num_stages,
         tiles=FrozenTiles(shapes) if config.uses_descriptors else None,
+        is_aligned=is_aligned,
     )
+
+
+ONE_OF_EACH = {"sm80": 80, "small": 89, "sm90": 90, "sm100": 100, "hip": "gfx942"}
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_candidates_fit(family):
+    """What a sweep will time, as a plain bfloat16 head launches it; the shipped ones have tests of their own."""
+    arch = ONE_OF_EACH[family]
+    assert configs.target_family(make_target(arch).backend, arch) == family
+    for config in configs.linear_candidates(family)[1:]:
+        assert_fits(compile_linear(config, arch, "bf16", features=False), arch, config.num_warps)
+    candidates = configs.row_candidates(family, 2)
+    assert {configs.row_config(family, cols, 2) for cols in (1, 32000, 128256, 262144)} <= set(candidates)
+    for config in candidates if family == "sm90" else ():
+        assert_fits(compile_plain_residual(config), arch, config.num_warps)
 
 
 def test_the_gate_sees_spills():
