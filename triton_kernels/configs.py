@@ -84,11 +84,10 @@ class LinearConfig:
 
 LINEAR_CONFIGS: dict[tuple[str, int], LinearConfig] = {
     # (target family, bytes of an element). None of these was measured yet; the reasoning:
-    # sm_90: the widest tile of two warpgroups' accumulators, 3 stages of 48 KiB. At the full rate a step of it takes
-    # 1024 clocks, 48 bytes a clock and multiprocessor from L2, whose port gives 64; 128 x 128 would need all of them.
-    # One persistent program per multiprocessor that prefetches the next tile during the epilogue would spill 540
-    # bytes a thread; asking Triton 3.9 for warp specialization there changes nothing, and two programs of a cluster
-    # do not share what they load.
+    # sm_90: the widest tile of two warpgroups' accumulators, 3 stages of 48 KiB. At the full rate a step takes 1024
+    # clocks: 48 bytes a clock and multiprocessor from L2, whose port gives 64, all of which 128 x 128 would need.
+    # A persistent program that prefetches the next tile during the epilogue would spill 540 bytes a thread, asking
+    # Triton 3.9 for warp specialization there changes nothing, and programs of a cluster do not share their loads.
     ("sm90", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
     # sm_100: accumulators live in tensor memory; same tile, one stage more fits.
     ("sm100", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
@@ -138,37 +137,30 @@ MERGE_ROWS = 64
 MERGE_TILES = 32
 
 
-# What a sweep on a device should time, the shipped ones included; all compile without spilling for each family.
-# A kernel takes one as `config=`; the winners belong in `ROW_CONFIGS`, `STREAM_CONFIG` and `LINEAR_CONFIGS`, which
+# What a sweep on an H100 or H200 should time beside the shipped ones: 16-bit rows, aligned 16-bit operands. All
+# compile for sm_90 without spilling. A kernel takes one as `config=`; the winners belong in the tables above, which
 # are read at every launch.
-STREAM_CANDIDATES = tuple(RowConfig(*c) for c in ((2048, 4), (4096, 4), (4096, 8), (8192, 8)))
-_ROW_CANDIDATES = (
-    (4096, 4), (8192, 4), (4096, 8), (8192, 8), (16384, 8), (8192, 16), (16384, 16), (8192, 32), (16384, 32)
+ROW_CANDIDATES = tuple(
+    RowConfig(block, num_warps)
+    for block, num_warps in (
+        (4096, 4), (8192, 4), (4096, 8), (8192, 8), (16384, 8), (8192, 16), (16384, 16), (8192, 32), (16384, 32),
+    )
 )  # fmt: skip
-_LINEAR_CANDIDATES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
-    # block_m, block_n, block_k, group_m, num_warps, num_stages; with descriptors where the shipped tile has them
-    "sm90": (
-        (128, 256, 64, 8, 8, 3), (128, 256, 64, 32, 8, 3), (128, 256, 64, 16, 8, 4), (128, 256, 128, 16, 8, 2),
-        (256, 128, 64, 16, 8, 3), (256, 128, 64, 16, 8, 4), (128, 128, 64, 16, 4, 3), (128, 128, 64, 16, 8, 4),
-        (64, 256, 64, 16, 4, 3),
-    ),
-    "sm100": (
-        (128, 256, 64, 32, 8, 3), (128, 256, 64, 16, 8, 4), (128, 256, 128, 16, 8, 2), (128, 128, 64, 16, 4, 4),
-    ),
-    "sm80": ((128, 128, 32, 16, 8, 4), (128, 128, 64, 8, 8, 3), (128, 128, 32, 8, 8, 5), (128, 256, 32, 8, 8, 3)),
-    "small": ((128, 128, 32, 16, 8, 4), (128, 128, 64, 8, 8, 2), (128, 128, 32, 8, 8, 3), (128, 256, 32, 8, 8, 3)),
-    "hip": ((128, 128, 32, 16, 8, 2), (128, 128, 64, 8, 8, 2), (128, 256, 32, 8, 8, 2)),
-}  # fmt: skip
-
-
-def row_candidates(family: str, itemsize: int) -> list[RowConfig]:
-    """Configurations worth timing for `softmax_residual` and `logits_stats`."""
-    most_warps = HIP_ROW_CONFIG.num_warps if family == "hip" else 32
-    shrink = max(itemsize, 2) // 2
-    return [RowConfig(block // shrink, warps) for block, warps in _ROW_CANDIDATES if warps <= most_warps]
-
-
-def linear_candidates(family: str) -> list[LinearConfig]:
-    """Tiles worth timing for `linear_stats` with aligned 16-bit operands."""
-    shipped = linear_config(family, 2, can_use_descriptors=True)
-    return [shipped, *(LinearConfig(*c, shipped.uses_descriptors) for c in _LINEAR_CANDIDATES[family])]
+STREAM_CANDIDATES = tuple(
+    RowConfig(block, num_warps) for block, num_warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 16))
+)
+LINEAR_CANDIDATES = tuple(
+    replace(LINEAR_CONFIGS["sm90", 2], **change)
+    for change in (
+        {"group_m": 8},
+        {"group_m": 32},
+        {"num_stages": 4},
+        {"num_stages": 4, "group_m": 32},
+        {"block_k": 128, "num_stages": 2},
+        {"block_m": 256, "block_n": 128},
+        {"block_m": 256, "block_n": 128, "num_stages": 4},
+        {"block_n": 128, "num_warps": 4},
+        {"block_n": 128, "num_stages": 4},
+        {"block_m": 64, "num_warps": 4},
+    )
+)
