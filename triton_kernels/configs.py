@@ -2,7 +2,7 @@
 
 Until a row says otherwise, a configuration here is the best guess of its reasoning; `tests/test_triton_aot.py`
 proves that each compiles for every listed target without spilling and within that target's shared memory.
-`bench/micro/triton_kernels.py` measures the candidates.
+`bench/micro/sweep.py` measures the candidates.
 """
 
 from __future__ import annotations
