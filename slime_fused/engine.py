@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused import products
+from slime_fused import buffers, products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 from slime_fused.distributed import VocabShard
 from slime_fused.layout import TokenLayout
@@ -134,7 +134,8 @@ class ChunkEngine:
         hidden = rows.take(self.head.hidden)
         if self._buffer is None:
             cols = self.head.weight.shape[0]
-            padded = hidden.new_empty(self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
+            shape = (self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
+            padded = buffers.new_buffer(hidden, shape)
             # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
             padded[:, cols:] = 0
             self._buffer = padded[:, :cols]
@@ -228,7 +229,7 @@ class ChunkEngine:
             is_first = self.d_weight is None
             if self.d_weight is None:
                 accumulator = torch.float32 if self.plan.accumulator_bytes else weight.dtype
-                self.d_weight = weight.new_empty(weight.shape, dtype=accumulator)
+                self.d_weight = buffers.new_buffer(weight, weight.shape, accumulator)
             products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
         if p.want_bias:
             if self.d_bias is None:

@@ -12,6 +12,10 @@ from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+_CACHED_BYTES = 128 << 10
+"""A float32 copy that stays in one core's cache, and 32768 elements: the most that PyTorch leaves to one thread, since
+starting several costs as much as such a block."""
+
 
 def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out`` (M, V) = ``hidden`` (M, D) @ ``weight`` (V, D)^T. ``out`` may have padded rows."""
@@ -81,8 +85,8 @@ def scale_rows_(rows: Tensor, coefficient: Tensor) -> None:
     if rows.dtype == coefficient.dtype or rows.device.type != "cpu":
         rows.mul_(coefficient[:, None])
         return
-    # On the CPU mixed dtypes go through a float32 copy of the operand: keep that small.
-    for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size()):
+    # On the CPU mixed dtypes go through float32 copies: keep those in the cache and out of fresh pages.
+    for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size(), _CACHED_BYTES):
         rows[block].mul_(coefficient[block, None])
 
 
@@ -97,6 +101,6 @@ def _is_slow_on_cpu(operand: Tensor) -> bool:
     return operand.dtype == torch.float16 and operand.device.type == "cpu"
 
 
-def _blocks(size: int, row_bytes: int) -> list[slice]:
-    rows = max(1, WEIGHT_GRAD_BLOCK_BYTES // max(1, row_bytes))  # a chunk of no rows takes no bytes
+def _blocks(size: int, row_bytes: int, block_bytes: int = WEIGHT_GRAD_BLOCK_BYTES) -> list[slice]:
+    rows = max(1, block_bytes // max(1, row_bytes))  # a chunk of no rows takes no bytes
     return [slice(i, min(i + rows, size)) for i in range(0, size, rows)]

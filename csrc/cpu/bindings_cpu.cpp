@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "logits.h"
 #include "segments.h"
 
@@ -164,6 +165,10 @@ void bind_segments(py::module_& module) {
 void bind(pybind11::module_& module) {
   bind_logits(module);
   bind_segments(module);
+  module.def(
+      "advise_huge_pages",
+      [](Address address, int64_t bytes) { advise_huge_pages(pointer(address), bytes); }, "address"_a,
+      "bytes"_a, "Ask for large pages where this buffer is not yet backed by memory.");
   module.def("compiled_isas", &compiled_isas, "Instruction sets compiled into this build, narrowest first.");
   module.def("runnable_isas", &runnable_isas, "Of those, the ones this processor runs.");
   module.def(
