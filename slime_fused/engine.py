@@ -135,7 +135,7 @@ class ChunkEngine:
         if self._buffer is None:
             cols = self.head.weight.shape[0]
             shape = (self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
-            padded = buffers.new_buffer(hidden, shape)
+            padded = buffers.new_scratch(hidden, shape)
             # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
             padded[:, cols:] = 0
             self._buffer = padded[:, :cols]
@@ -228,8 +228,11 @@ class ChunkEngine:
             products.scale_rows_(scaled, coefficient)
             is_first = self.d_weight is None
             if self.d_weight is None:
-                accumulator = torch.float32 if self.plan.accumulator_bytes else weight.dtype
-                self.d_weight = buffers.new_buffer(weight, weight.shape, accumulator)
+                self.d_weight = (
+                    buffers.new_scratch(weight, weight.shape, torch.float32)
+                    if self.plan.accumulator_bytes
+                    else weight.new_empty(weight.shape)
+                )
             products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
         if p.want_bias:
             if self.d_bias is None:

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.distributed",),
     ("slime_fused.stats",),
     ("slime_fused.vocab_sweep",),
-    ("slime_fused.products",),
+    ("slime_fused.products", "slime_fused.buffers"),
     ("slime_fused.plan", "slime_fused.layout", "slime_fused.output", "slime_fused.checks"),
     ("slime_fused.config",),
     ("slime_fused.backends",),

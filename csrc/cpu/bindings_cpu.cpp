@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "buffers.h"
 #include "dispatch.h"
-#include "huge_pages.h"
 #include "logits.h"
 #include "segments.h"
 
@@ -160,15 +160,24 @@ void bind_segments(py::module_& module) {
       "stabilizer"_a, "d_logp"_a, "num_threads"_a);
 }
 
+void bind_buffers(py::module_& module) {
+  py::class_<Scratch>(module, "Scratch", py::buffer_protocol(), "Memory from the cache, as a buffer of bytes.")
+      .def(py::init<int64_t>(), "bytes"_a)
+      .def_buffer([](Scratch& scratch) {
+        return py::buffer_info(static_cast<uint8_t*>(scratch.data()), scratch.bytes());
+      });
+  module.def("set_cache_limit", &set_cache_limit, "max_bytes"_a, "The most bytes of idle scratch.");
+  module.def("cache_limit", &cache_limit, "That limit.");
+  module.def("cached_bytes", &cached_bytes, "Bytes of idle scratch.");
+  module.def("empty_cache", &empty_cache, "Give all idle scratch back to the system.");
+}
+
 }  // namespace
 
 void bind(pybind11::module_& module) {
   bind_logits(module);
+  bind_buffers(module);
   bind_segments(module);
-  module.def(
-      "advise_huge_pages",
-      [](Address address, int64_t bytes) { advise_huge_pages(pointer(address), bytes); }, "address"_a,
-      "bytes"_a, "Ask for large pages where this buffer is not yet backed by memory.");
   module.def("compiled_isas", &compiled_isas, "Instruction sets compiled into this build, narrowest first.");
   module.def("runnable_isas", &runnable_isas, "Of those, the ones this processor runs.");
   module.def(
