@@ -115,7 +115,7 @@ def test_beside_a_layout(function):
 
 def test_the_code_of_the_documentation():
     text = (Path(__file__).parent.parent / "docs" / "backends.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "token_layout" in block]
     batch = make_batch(dtype=torch.float32, prompt=3)
     scope = {"sf": sf, "hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels}
     exec(code, scope)
