@@ -13,7 +13,7 @@ from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _CACHED_BYTES = 128 << 10
-"""A float32 copy that stays in one core's cache, and 32768 elements: the most that PyTorch leaves to one thread, since
+"""A float32 copy that stays in one core's cache. Its 32768 elements are the most that PyTorch leaves to one thread:
 starting several costs as much as such a block."""
 
 
