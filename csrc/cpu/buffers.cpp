@@ -37,8 +37,8 @@ Mapping map(int64_t bytes) {
   if (before > 0) munmap(begin, static_cast<size_t>(before));
   if (before < kHugePage) munmap(begin + before + bytes, static_cast<size_t>(kHugePage - before));
 #if defined(MADV_HUGEPAGE)
-  madvise(begin + before, static_cast<size_t>(bytes),
-          MADV_HUGEPAGE);  // advice: nothing is lost where it fails
+  // Advice: nothing is lost where it fails.
+  madvise(begin + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
   return {begin + before, bytes};
 }
