@@ -1,8 +1,8 @@
 """Large scratch buffers on the CPU (the logits of a chunk, a float32 dW), kept from one call to the next.
 
 A fresh buffer costs one page fault per 4 KiB: for the logits of 2048 rows x 32000 columns in bfloat16 50 ms, where
-the three matrix products (D = 1024) take 900 ms on one core. Kept ones cost nothing, and have large pages. GPUs have
-PyTorch's caching allocator; here nothing changes for them.
+the three matrix products (D = 1024) take 900 ms on one core. Kept ones cost nothing, and have large pages. GPUs
+have PyTorch's caching allocator; here nothing changes for them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ _ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"  # a TorchVersion: compared as nu
 ``out_dtype`` too, but it refuses a float32 ``self`` ("self and mat2 must have the same dtype"): no schema tells."""
 
 _CACHED_BYTES = 128 << 10
-"""A float32 copy that stays in one core's cache, and 32768 elements: the most that PyTorch leaves to one thread, since
+"""A float32 copy that stays in one core's cache. Its 32768 elements are the most that PyTorch leaves to one thread:
 starting several costs as much as such a block."""
 
 

@@ -96,7 +96,7 @@ def test_the_bound_holds_for_all_idle_buffers_together():
     sf.set_cache_limit(500 * KIB)
     assert buffers.cached_bytes() == 400 * KIB
     del [scratch(501)][0]
-    assert buffers.cached_bytes() == 400 * KIB, "above the bound a buffer is PyTorch's, and the cache stays as it is"
+    assert buffers.cached_bytes() == 400 * KIB, "a buffer above the bound is PyTorch's"
     sf.empty_cache()
     assert buffers.cached_bytes() == 0
     sf.set_cache_limit(0)
@@ -104,7 +104,9 @@ def test_the_bound_holds_for_all_idle_buffers_together():
     assert buffers.cached_bytes() == 0
 
 
-@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), ("1GiB", TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, ValueError), (1.5, TypeError), ("1GiB", TypeError), (True, TypeError)]
+)
 def test_a_bad_bound_is_refused(value, error):
     with pytest.raises(error, match="max_bytes: expected"):
         sf.set_cache_limit(value)
@@ -144,8 +146,8 @@ def test_a_kept_graph_can_be_walked_again_after_other_calls():
     assert_gradients(x, w, expected)
 
 
-def test_several_chunks_of_bfloat16_sum_in_kept_scratch(monkeypatch):
-    """The float32 dW of the second call is the memory of the first: its first chunk must overwrite what is there."""
+def test_several_chunks_of_bfloat16_sum_in_kept_scratch():
+    """The float32 dW of the second call is the memory of the first: its first chunk must overwrite that."""
     x, w, labels = (t.detach() for t in head())
     x, w = (t.bfloat16().requires_grad_() for t in (x, w))
     grads = []

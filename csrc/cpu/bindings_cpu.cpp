@@ -161,7 +161,8 @@ void bind_segments(py::module_& module) {
 }
 
 void bind_buffers(py::module_& module) {
-  py::class_<Scratch>(module, "Scratch", py::buffer_protocol(), "Memory from the cache, as a buffer of bytes.")
+  py::class_<Scratch>(module, "Scratch", py::buffer_protocol(),
+                      "Memory from the cache, as a buffer of bytes.")
       .def(py::init<int64_t>(), "bytes"_a)
       .def_buffer([](Scratch& scratch) {
         return py::buffer_info(static_cast<uint8_t*>(scratch.data()), scratch.bytes());

@@ -28,15 +28,17 @@ constexpr int64_t kHugePage = 2 << 20;
 
 Mapping map(int64_t bytes) {
   const int64_t room = bytes + kHugePage;
-  void* const start = mmap(nullptr, static_cast<size_t>(room), PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const start =
+      mmap(nullptr, static_cast<size_t>(room), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (start == MAP_FAILED) throw std::bad_alloc();
   char* const begin = static_cast<char*>(start);
-  const int64_t before = round_up(reinterpret_cast<int64_t>(begin), kHugePage) - reinterpret_cast<int64_t>(begin);
+  const int64_t before =
+      round_up(reinterpret_cast<int64_t>(begin), kHugePage) - reinterpret_cast<int64_t>(begin);
   if (before > 0) munmap(begin, static_cast<size_t>(before));
   if (before < kHugePage) munmap(begin + before + bytes, static_cast<size_t>(kHugePage - before));
 #if defined(MADV_HUGEPAGE)
-  madvise(begin + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // advice: nothing is lost where it fails
+  // Advice: nothing is lost where it fails.
+  madvise(begin + before, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
   return {begin + before, bytes};
 }
@@ -47,8 +49,8 @@ std::atomic<int64_t> g_limit{int64_t{256} << 20};
 // Idle mappings, oldest first. A mapping is either in here or owned by one Scratch, never both.
 class Cache {
  public:
-  // The smallest idle mapping that holds `bytes`. Where none does, all of them are given back first: what does
-  // not serve this call must not add to its peak.
+  // The smallest idle mapping that holds `bytes`. Where none does, all of them are given back first: what
+  // does not serve this call must not add to its peak.
   Mapping take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();

@@ -234,9 +234,9 @@ inline Vec<typename S::Scalar> load(const typename S::Elem* p, int count = Acc<t
   return S::widen(packed);
 }
 
-// Two vectors at once, of 2 * kLanes elements from p. Their order is the storage's own, the same in load_pair and
-// store_pair: bf16 elements at even and at odd positions, which a shift and a mask tell apart, where widening or
-// narrowing in order would move every element across the register.
+// Two vectors at once, of 2 * kLanes elements from p. Their order is the storage's own, the same in load_pair
+// and store_pair: bf16 elements at even and at odd positions, which a shift and a mask tell apart, where
+// widening or narrowing in order would move every element across the register.
 template <typename Vector>
 struct Pair {
   Vector first, second;

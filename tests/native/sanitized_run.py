@@ -80,7 +80,7 @@ def segment_kernels(acc, dtype, threads):
 
 
 def scratch_buffers(number):
-    """Buffers that come and go while other threads take, bound and empty the cache; each holds what it was filled with."""
+    """Buffers that come and go while other threads bound and empty the cache: each keeps what was written."""
     for step in range(50):
         size = 4096 * (1 + (number + step) % 3)
         buffer = np.frombuffer(_C.cpu.Scratch(size), dtype=np.uint8)
