@@ -178,7 +178,7 @@ def test_nothing_waits_and_little_runs_before_the_first_product(name, prompt, mo
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_little_python_runs_before_the_first_product(name, monkeypatch):
-    """Calls of this package's own functions stand for time, which a test should not take: about a microsecond each."""
+    """Calls of this package's functions stand for time, about a microsecond each, which a test should not take."""
     batch = with_layout(make_batch((5, 5, 5, 5), dtype=torch.bfloat16), vocab_size=37).leaves(("hidden", "weight"))
     package = str(Path(sf.__file__).parent)
     calls = 0
