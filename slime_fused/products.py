@@ -13,8 +13,8 @@ from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"  # a TorchVersion: compared as numbers
-"""Whether CUDA's ``addmm`` adds a 16-bit product to a float32 matrix. PyTorch 2.8 and 2.9 have its overload with
-``out_dtype`` too, but it refuses a float32 ``self`` ("self and mat2 must have the same dtype"): no schema tells."""
+"""Whether CUDA's ``addmm`` adds a 16-bit product to a float32 matrix. PyTorch 2.8 and 2.9 have an overload of the
+same schema, whose checks do not provide for a float32 ``self``: the version is all that tells."""
 
 _CACHED_BYTES = 128 << 10
 """A float32 copy that stays in one core's cache. Its 32768 elements are the most that PyTorch leaves to one thread:
