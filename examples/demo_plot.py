@@ -9,6 +9,7 @@ from demo_report import IMPLS, added_memory, compare, less, show_bytes, timed
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _COLORS = {"naive": "#9a9a9a", "fused": "#0b6e99"}
 _GOOD, _BAD = "#2a8c4a", "#c0504d"
@@ -99,12 +100,14 @@ def _draw_log_probs(axes: Axes, train: dict[str, Any]) -> None:
         axes.annotate(
             name, (steps[-1], values[-1]), xytext=(8, 0), textcoords="offset points", color=color, va="center"
         )
-    margins = [row["rewards/margins"] for row in train["evaluations"]]
+    first, last = train["evaluations"][0], train["evaluations"][-1]
     axes.margins(x=0.12)
+    axes.set_xticks(steps)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean log-prob per token")
     axes.set_title(
-        f"The same {train['held_out']} held-out pairs each time: margin {margins[0]:+.2f} to {margins[-1]:+.2f}",
+        f"The same {train['held_out']} held-out pairs each time: loss {first['loss']:.2f} to {last['loss']:.2f}, "
+        f"margin {first['rewards/margins']:+.2f} to {last['rewards/margins']:+.2f}",
         fontsize=10,
     )
 
@@ -120,5 +123,6 @@ def _draw_losses(axes: Axes, train: dict[str, Any]) -> None:
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("SLIME loss of the step's batch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Same start, same batches, same losses; then fused alone", fontsize=10)
     axes.legend(frameon=False)

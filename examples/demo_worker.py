@@ -191,7 +191,7 @@ class Training:
             per_device_train_batch_size=num_pairs,
             per_device_eval_batch_size=num_pairs,
             max_length=max_length,
-            learning_rate=5e-4,
+            learning_rate=2e-4,
             lr_scheduler_type="constant",
             max_steps=steps,
             logging_steps=1,

@@ -6,6 +6,7 @@ never exist whole. See `slime_loss`. `slime_fused.reference` holds every functio
 
 from slime_fused import reference
 from slime_fused.backends import available_backends
+from slime_fused.buffers import empty_cache, set_cache_limit
 from slime_fused.config import SlimeLossConfig
 from slime_fused.explain import explain_plan
 from slime_fused.functional import linear_cross_entropy, linear_logprobs, sequence_logprobs, slime_loss
@@ -26,11 +27,13 @@ __all__ = [
     "available_backends",
     "build_info",
     "cross_entropy",
+    "empty_cache",
     "explain_plan",
     "linear_cross_entropy",
     "linear_logprobs",
     "reference",
     "sequence_logprobs",
+    "set_cache_limit",
     "slime_loss",
     "slime_terms",
     "token_layout",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused import products
+from slime_fused import buffers, products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 from slime_fused.distributed import VocabShard
 from slime_fused.gradients import GradientDtypes, Gradients, float16_scale
@@ -216,7 +216,7 @@ class ChunkEngine:
 
     def _new_buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
         cols = self.head.weight.shape[0]
-        padded = self.head.weight.new_empty(rows, padded_cols(cols, dtype.itemsize), dtype=dtype)
+        padded = buffers.new_scratch(self.head.weight, (rows, padded_cols(cols, dtype.itemsize)), dtype)
         # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
         padded[:, cols:].zero_()
         return padded[:, :cols]
@@ -271,13 +271,21 @@ class ChunkEngine:
             scaled = products.scale_rows(hidden, self._lifted(hidden, coefficient), owns=rows.copies)
             is_first = self.d_weight is None
             if self.d_weight is None:
-                summed_in = torch.float32 if self.plan.sums_weight_grad_in_float32 else weight.dtype
-                self.d_weight = weight.new_empty(weight.shape, dtype=summed_in)
+                self.d_weight = self._new_weight_grad()
             products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
         if p.want_bias:
             if self.d_bias is None:
                 self.d_bias = weight.new_zeros(weight.shape[0], dtype=acc_dtype(weight.dtype))
             products.add_bias_grad(self.d_bias, residual, coefficient)
+
+    def _new_weight_grad(self) -> Tensor:
+        """(V, D) for dW: to be handed out, or scratch that is rounded to 16 bits in the end."""
+        weight = self.head.weight
+        if not self.plan.sums_weight_grad_in_float32:
+            return weight.new_empty(weight.shape)
+        if self.head.waiting_dtypes.weight == torch.float32:
+            return weight.new_empty(weight.shape, dtype=torch.float32)
+        return buffers.new_scratch(weight, weight.shape, torch.float32)
 
     def _lifted(self, hidden: Tensor, coefficient: Tensor) -> Tensor:
         """The (M,) coefficients as dW's product takes them: in float16, times a scale that keeps it in range."""

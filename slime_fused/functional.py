@@ -216,8 +216,8 @@ def sequence_logprobs(
     if cu_seqlens is None:
         sequences = math.prod(labels.shape[:-1])
         # From the labels, not torch.arange: where they are fake tensors, so must these be.
-        ones = labels.new_ones(sequences + 1, dtype=torch.int32)
-        bounds = (ones.cumsum(0, dtype=torch.int32) - 1) * labels.shape[-1]
+        index = labels.new_ones(sequences + 1, dtype=torch.int64).cumsum(0) - 1
+        bounds = (index * labels.shape[-1]).to(torch.int32)
     else:
         bounds = cu_seqlens.to(torch.int32)
     sums = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)

@@ -373,6 +373,7 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
     return workspace
 
 
+@lru_cache(maxsize=256)
 def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
     rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
     workspace = max(min(problem.buffer_bytes(rows), _AUTO_CAP[kind]), problem.buffer_bytes(1))

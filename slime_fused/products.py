@@ -13,8 +13,12 @@ from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 _ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"  # a TorchVersion: compared as numbers
-"""Whether CUDA's ``addmm`` adds a 16-bit product to a float32 matrix. PyTorch 2.8 and 2.9 have its overload with
-``out_dtype`` too, but it refuses a float32 ``self`` ("self and mat2 must have the same dtype"): no schema tells."""
+"""Whether CUDA's ``addmm`` adds a 16-bit product to a float32 matrix. PyTorch 2.8 and 2.9 have an overload of the
+same schema, whose checks do not provide for a float32 ``self``: the version is all that tells."""
+
+_CACHED_BYTES = 128 << 10
+"""A float32 copy that stays in one core's cache. Its 32768 elements are the most that PyTorch leaves to one thread:
+starting several costs as much as such a block."""
 
 
 def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -104,8 +108,8 @@ def scale_rows(
         out = rows if owns and dtype == rows.dtype else torch.empty_like(rows, dtype=dtype)
     if rows.device.type != "cpu" or rows.dtype == coefficient.dtype == out.dtype:
         return torch.mul(rows, coefficient[:, None], out=out)
-    # On the CPU mixed dtypes go through a float32 copy of the operand: keep that small.
-    for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size()):
+    # On the CPU mixed dtypes go through float32 copies: keep those in the cache and out of fresh pages.
+    for block in _blocks(rows.shape[0], rows.shape[1] * coefficient.element_size(), _CACHED_BYTES):
         out[block] = rows[block] * coefficient[block, None]
     return out
 
@@ -115,8 +119,7 @@ def scaled_to(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
     if values.device.type != "cpu":
         return torch.mul(values, factor, out=out)
-    # On the CPU the product takes a copy in its own dtype: keep that small.
-    for block in _blocks(values.shape[0], values[:1].numel() * values.element_size()):
+    for block in _blocks(values.shape[0], values[:1].numel() * values.element_size(), _CACHED_BYTES):
         out[block] = values[block] * factor
     return out
 
@@ -142,6 +145,6 @@ def _is_slow_on_cpu(operand: Tensor) -> bool:
     return operand.dtype == torch.float16 and operand.device.type == "cpu"
 
 
-def _blocks(size: int, row_bytes: int) -> list[slice]:
-    rows = max(1, WEIGHT_GRAD_BLOCK_BYTES // max(1, row_bytes))  # a chunk of no rows takes no bytes
+def _blocks(size: int, row_bytes: int, block_bytes: int = WEIGHT_GRAD_BLOCK_BYTES) -> list[slice]:
+    rows = max(1, block_bytes // max(1, row_bytes))  # a chunk of no rows takes no bytes
     return [slice(i, min(i + rows, size)) for i in range(0, size, rows)]

@@ -107,6 +107,12 @@ def test_extreme_logits(backend, dtype):
     grid.check_extreme_logits(backend, dtype, DEVICE)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+def test_extreme_scales(backend, dtype, softcap):
+    grid.check_extreme_scales(backend, dtype, DEVICE, softcap)
+
+
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 def test_target_does_not_cancel(backend, dtype):
     grid.check_target_does_not_cancel(backend, dtype, DEVICE)

@@ -119,3 +119,25 @@ def test_the_reference_has_the_public_parameters(name):
             assert oracle[parameter.name].default == parameter.default
         else:
             assert takes_any, f"reference.{name} refuses {parameter.name}"
+
+
+def test_a_loss_needs_no_numpy():
+    """PyTorch itself runs without it, and warns."""
+    report = run_python("""
+        import json, sys
+        sys.modules["numpy"] = None
+        import torch
+        import slime_fused as sf
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in ((2, 5, 8), (11, 8)))
+        labels = torch.randint(0, 11, (2, 5), generator=generator)
+        results = []
+        for module in (sf, sf.reference):
+            leaf = weight.clone().requires_grad_()
+            loss = module.slime_loss(hidden, leaf, labels).loss
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-13)
+        print(json.dumps(sys.modules["numpy"] is None))
+    """)
+    assert report is True

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.stats",),
     ("slime_fused.vocab_sweep",),
     ("slime_fused.gradients",),
-    ("slime_fused.products",),
+    ("slime_fused.products", "slime_fused.buffers"),
     ("slime_fused.plan", "slime_fused.layout", "slime_fused.output", "slime_fused.checks"),
     ("slime_fused.problem",),
     ("slime_fused.config", "slime_fused.tensors"),

@@ -15,7 +15,7 @@ VOCAB = 2 * WEIGHT_GRAD_BLOCK_BYTES // (4 * COLS) + 5
 
 
 class OnGpu(Tensor):
-    """A CPU tensor that says it is on a GPU, and whose products take and refuse what PyTorch's do there."""
+    """A CPU tensor that says it is on a GPU, and whose products take what PyTorch says it takes there."""
 
     adds_to_float32 = True
     calls: list[tuple[str, torch.Size]]

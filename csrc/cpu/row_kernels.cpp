@@ -20,6 +20,7 @@
 // Label entry   formed from expm1(logp), because p - 1 cancels when the token is likely.
 #include "row_kernels.h"
 
+#include "row_dispatch.h"
 #include "simd.h"
 
 namespace slime_fused::cpu::SLIME_FUSED_ISA {
@@ -28,8 +29,6 @@ namespace {
 // Vectors per step of the statistics. 8 keep a step of z in registers on AVX-512, and make the branch on a
 // new maximum rare.
 constexpr int kUnroll = 8;
-
-enum class Head { plain, affine, capped };
 
 // z and, for the residual, d z / d raw without the scale, of one vector of logits.
 template <typename Scalar>
@@ -51,12 +50,22 @@ struct HeadOp {
         cap(static_cast<Scalar>(head.softcap)),
         inverse_cap(static_cast<Scalar>(1.0 / (head.softcap == 0.0 ? 1.0 : head.softcap))) {}
 
-  Logit<Scalar> operator()(const Elem* row, int64_t v, int count = kLanes) const {
-    Vec<Scalar> y = load<S>(row + v, count);
-    if constexpr (kHead != Head::plain) {
-      if (bias != nullptr) y += load<S>(bias + v, count);
-      y = as_rounded(y * scale);
-    }
+  Logit<Scalar> operator()(const Elem* row, int64_t v, int count) const {
+    Vec<Scalar> offset{};
+    if (kHead != Head::plain && bias != nullptr) offset = load<S>(bias + v, count);
+    return transform(load<S>(row + v, count), offset);
+  }
+
+  // 2 * kLanes logits in two vectors, in the order of load_pair.
+  Pair<Logit<Scalar>> pair(const Elem* row, int64_t v) const {
+    Pair<Vec<Scalar>> offset{};
+    if (kHead != Head::plain && bias != nullptr) offset = load_pair<S>(bias + v);
+    const Pair<Vec<Scalar>> raw = load_pair<S>(row + v);
+    return {transform(raw.first, offset.first), transform(raw.second, offset.second)};
+  }
+
+  Logit<Scalar> transform(Vec<Scalar> y, Vec<Scalar> offset) const {
+    if constexpr (kHead != Head::plain) y = as_rounded((y + offset) * scale);
     if constexpr (kHead != Head::capped) return {y, y};
     const Vec<Scalar> t = vec_tanh(y * inverse_cap);
     return {as_rounded(t * cap), Scalar(1) - t * t};
@@ -105,14 +114,18 @@ RowStats<typename Storage<kType>::Scalar> row_stats(const HeadOp<kType, kHead>& 
   int64_t v = 0;
   for (; v + kUnroll * kLanes <= cols; v += kUnroll * kLanes) {
     V z[kUnroll];
-#pragma GCC unroll 8
-    for (int i = 0; i < kUnroll; ++i) z[i] = head(row, v + i * kLanes).z;
+#pragma GCC unroll 4
+    for (int i = 0; i < kUnroll; i += 2) {
+      const Pair<Logit<Scalar>> logits = head.pair(row, v + i * kLanes);
+      z[i] = logits.first.z;
+      z[i + 1] = logits.second.z;
+    }
     V best[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) best[i] = z[i] > z[i + 4] ? z[i] : z[i + 4];
-    best[0] = best[0] > best[1] ? best[0] : best[1];
-    best[2] = best[2] > best[3] ? best[2] : best[3];
-    raise_max(best[0] > best[2] ? best[0] : best[2]);
+    for (int i = 0; i < 4; ++i) best[i] = larger(z[i], z[i + 4]);
+    best[0] = larger(best[0], best[1]);
+    best[2] = larger(best[2], best[3]);
+    raise_max(larger(best[0], best[2]));
 
     const V shift = broadcast(finite_shift(max));
     V partial[2] = {};
@@ -160,7 +173,7 @@ void write_residual(const HeadOp<kType, kHead>& head, const typename Storage<kTy
 
   const auto value = [&](const Logit<Scalar>& logit) {
     const V x = logit.z - shift;  // above 0 only where a caller's maximum is not the row's
-    const V r = vec_exp(x > kExpLimit ? broadcast(kExpLimit) : x) * gain - offset;
+    const V r = vec_exp(smaller(broadcast(kExpLimit), x)) * gain - offset;
     if constexpr (kHead == Head::capped) return r * logit.slope;
     return r;
   };
@@ -170,11 +183,21 @@ void write_residual(const HeadOp<kType, kHead>& head, const typename Storage<kTy
 
   int64_t v = 0;
   for (; v + 4 * kLanes <= cols; v += 4 * kLanes) {
-    V r[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) r[i] = value(head(in, v + i * kLanes));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store<S>(out + v + i * kLanes, r[i]);
+    Pair<V> r[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Pair<Logit<Scalar>> logits = head.pair(in, v + 2 * i * kLanes);
+      r[i] = {value(logits.first), value(logits.second)};
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kType == kOut) {
+        store_pair<S>(out + v + 2 * i * kLanes, r[i]);
+      } else {  // float32 is loaded in order, which 16 bits are not in a pair
+        store<S>(out + v + 2 * i * kLanes, r[i].first);
+        store<S>(out + v + (2 * i + 1) * kLanes, r[i].second);
+      }
+    }
   }
   for (; v < cols; v += kLanes) {
     const int count = cols - v < kLanes ? static_cast<int>(cols - v) : kLanes;
@@ -320,50 +343,6 @@ void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, 
         head, in, out, block.cols,
         terms.residual(finite_shift(row_max[m]), Scalar(1) / row_sum[m], lse, logp[m], label, factor));
   }
-}
-
-// ---- From run-time dtype and head to the templates
-// ---------------------------------------------------------
-
-Head head_kind(const HeadTransform& head) {
-  if (head.softcap != 0.0) return Head::capped;
-  return head.bias != nullptr || head.scale != 1.0 ? Head::affine : Head::plain;
-}
-
-template <typename Call>
-void with_head(const HeadTransform& head, const Call& call) {
-  switch (head_kind(head)) {
-    case Head::plain:
-      return call.template operator()<Head::plain>();
-    case Head::affine:
-      return call.template operator()<Head::affine>();
-    case Head::capped:
-      return call.template operator()<Head::capped>();
-  }
-}
-
-template <typename Call>
-void with_dtype(DType dtype, const Call& call) {
-  switch (dtype) {
-    case DType::f32:
-      return call.template operator()<DType::f32>();
-    case DType::bf16:
-      return call.template operator()<DType::bf16>();
-    case DType::f16:
-      return call.template operator()<DType::f16>();
-    case DType::f64:
-      return call.template operator()<DType::f64>();
-  }
-}
-
-// The residual has the dtype of the logits, or 16 bits where these have 32 (checked by the caller).
-template <typename Call>
-void with_dtypes(const LogitsBlock& block, const Call& call) {
-  if (block.out_dtype == block.dtype) {
-    return with_dtype(block.dtype, [&]<DType kType>() { call.template operator()<kType, kType>(); });
-  }
-  if (block.out_dtype == DType::bf16) return call.template operator()<DType::f32, DType::bf16>();
-  return call.template operator()<DType::f32, DType::f16>();
 }
 
 void softmax_residual(const SoftmaxResidualArgs& args, int64_t begin, int64_t end) {

@@ -98,6 +98,17 @@ inline Scalar horizontal_max(Vec<Scalar> x) {
   return best;
 }
 
+// a > b ? a : b and a < b ? a : b, so b where either is NaN: one instruction, which GCC 12 does not find.
+#if defined(__AVX512F__)
+inline VecF larger(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+inline VecF smaller(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+inline VecF larger(VecF a, VecF b) { return a > b ? a : b; }
+inline VecF smaller(VecF a, VecF b) { return a < b ? a : b; }
+#endif
+inline VecD larger(VecD a, VecD b) { return a > b ? a : b; }
+inline VecD smaller(VecD a, VecD b) { return a < b ? a : b; }
+
 inline bool any_greater(VecF a, float b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(b), _CMP_GT_OQ) != 0;
@@ -117,12 +128,15 @@ inline bool any_greater(VecD a, double b) { return horizontal_max<double>(a) > b
 
 inline VecF bf16_to_float(HalfU16 h) { return bit_cast_to<VecF>(__builtin_convertvector(h, VecU32) << 16); }
 
-inline HalfU16 float_to_bf16(VecF x) {
+// Rounded to bf16 in the upper half of each lane; the lower half is left over.
+inline VecU32 round_to_bf16(VecF x) {
   const VecU32 bits = bit_cast_to<VecU32>(x);
   const VecU32 rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   const VecU32 quiet_nan = bits | 0x00400000u;  // rounding could carry a NaN's mantissa over to infinity
-  return __builtin_convertvector((x == x ? rounded : quiet_nan) >> 16, HalfU16);
+  return x == x ? rounded : quiet_nan;
 }
+
+inline HalfU16 float_to_bf16(VecF x) { return __builtin_convertvector(round_to_bf16(x) >> 16, HalfU16); }
 
 inline VecF f16_to_float(HalfU16 h) {
 #if defined(__AVX512F__)
@@ -171,6 +185,7 @@ template <DType kType>
 struct Storage;
 template <>
 struct Storage<DType::f32> {
+  static constexpr DType kType = DType::f32;
   using Elem = float;
   using Scalar = float;
   using Packed = VecF;
@@ -179,6 +194,7 @@ struct Storage<DType::f32> {
 };
 template <>
 struct Storage<DType::bf16> {
+  static constexpr DType kType = DType::bf16;
   using Elem = uint16_t;
   using Scalar = float;
   using Packed = HalfU16;
@@ -187,6 +203,7 @@ struct Storage<DType::bf16> {
 };
 template <>
 struct Storage<DType::f16> {
+  static constexpr DType kType = DType::f16;
   using Elem = uint16_t;
   using Scalar = float;
   using Packed = HalfU16;
@@ -195,6 +212,7 @@ struct Storage<DType::f16> {
 };
 template <>
 struct Storage<DType::f64> {
+  static constexpr DType kType = DType::f64;
   using Elem = double;
   using Scalar = double;
   using Packed = VecD;
@@ -216,6 +234,25 @@ inline Vec<typename S::Scalar> load(const typename S::Elem* p, int count = Acc<t
   return S::widen(packed);
 }
 
+// Two vectors at once, of 2 * kLanes elements from p. Their order is the storage's own, the same in load_pair
+// and store_pair: bf16 elements at even and at odd positions, which a shift and a mask tell apart, where
+// widening or narrowing in order would move every element across the register.
+template <typename Vector>
+struct Pair {
+  Vector first, second;
+};
+
+template <typename S>
+inline Pair<Vec<typename S::Scalar>> load_pair(const typename S::Elem* p) {
+  if constexpr (S::kType == DType::bf16) {
+    VecU32 packed;
+    __builtin_memcpy(&packed, p, sizeof(packed));
+    return {bit_cast_to<VecF>(packed << 16), bit_cast_to<VecF>(packed & 0xFFFF0000u)};
+  } else {
+    return {load<S>(p), load<S>(p + Acc<typename S::Scalar>::kLanes)};
+  }
+}
+
 template <typename S>
 inline void store(typename S::Elem* p, Vec<typename S::Scalar> x,
                   int count = Acc<typename S::Scalar>::kLanes) {
@@ -229,6 +266,17 @@ inline void store(typename S::Elem* p, Vec<typename S::Scalar> x,
   }
 }
 
+template <typename S>
+inline void store_pair(typename S::Elem* p, Pair<Vec<typename S::Scalar>> x) {
+  if constexpr (S::kType == DType::bf16) {
+    const VecU32 packed = (round_to_bf16(x.first) >> 16) | (round_to_bf16(x.second) & 0xFFFF0000u);
+    __builtin_memcpy(p, &packed, sizeof(packed));
+  } else {
+    store<S>(p, x.first);
+    store<S>(p + Acc<typename S::Scalar>::kLanes, x.second);
+  }
+}
+
 // ---- exp and tanh
 // ------------------------------------------------------------------------------------------
 
@@ -238,7 +286,7 @@ inline void store(typename S::Elem* p, Vec<typename S::Scalar> x,
 // +0.
 inline VecF vec_exp(VecF x) {
   constexpr float kMagic = 12582912.0f;
-  const VecF clamped = x < -88.0f ? broadcast(-88.0f) : x;
+  const VecF clamped = larger(broadcast(-88.0f), x);
   const VecF shifted = clamped * 1.44269504f + kMagic;
   const VecF n = shifted - kMagic;
   const VecF r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -255,7 +303,7 @@ inline VecD vec_exp(VecD x) {
   constexpr double kInverseFactorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                            1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
                                            1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
-  const VecD clamped = x < -709.0 ? broadcast(-709.0) : x;
+  const VecD clamped = larger(broadcast(-709.0), x);
   const VecD shifted = clamped * 1.4426950408889634 + kMagic;
   const VecD n = shifted - kMagic;
   const VecD r = (clamped - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;

@@ -1,10 +1,10 @@
 // The running (max, sum of exp, sum) of a row, kept per thread and merged without atomics.
 //
-// A thread visits each of its elements once: the maximum of a 16-byte vector is taken first, and the running
-// sum is rescaled only when that maximum grows, which after a few vectors is rare. Exponentials are base 2
-// with log2(e) folded into one fused multiply-add: 2^(z log2e - shift), shift = fl(max log2e). Sums are
-// relative to 2^shift, not to exp(max), so the rounding of the product cancels in every probability; where a
-// sum leaves these helpers, `log_sum_exp` and `sum_relative_to_max` take it out.
+// A thread visits each of its elements once: the maximum of one or several 16-byte vectors is taken first,
+// and the running sum is rescaled to it. Exponentials are base 2 with log2(e) folded into one fused
+// multiply-add: 2^(z log2e - shift), shift = fl(max log2e). Sums are relative to 2^shift, not to exp(max), so
+// the rounding of the product cancels in every probability; where a sum leaves these helpers, `log_sum_exp`
+// and `sum_relative_to_max` take it out. Beyond logits of 1.5e9 that rounding leaves the range of 2^x: NaN.
 //
 // -inf contributes 0 (the shift by a maximum of -inf is replaced by a shift by 0); NaN and +inf reach the sum
 // as NaN. Merging is by fixed trees, so the same launch gives the same bits.

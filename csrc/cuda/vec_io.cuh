@@ -169,14 +169,6 @@ struct RowSpan {
     if (t >= E && t - E < cols - tail) return tail + t - E;
     return -1;
   }
-
-  // The thread that owns element `v` when `threads` threads share the row.
-  template <int E>
-  __device__ int owner_of(int v, int threads) const {
-    if (v < head) return v;
-    if (v >= tail) return E + v - tail;
-    return ((v - head) / E) % threads;
-  }
 };
 
 // Zeroes a row; thread `t` of `threads`.

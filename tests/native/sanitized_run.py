@@ -80,10 +80,25 @@ def segment_kernels(acc, dtype, threads):
     )  # fmt: skip
 
 
+def scratch_buffers(number):
+    """Buffers that come and go while other threads bound and empty the cache: each keeps what was written."""
+    for step in range(50):
+        size = 4096 * (1 + (number + step) % 3)
+        buffer = np.frombuffer(_C.cpu.Scratch(size), dtype=np.uint8)
+        assert buffer.shape == (size,)
+        buffer.fill(number)
+        _C.cpu.set_cache_limit(4096 * (step % 4))
+        assert _C.cpu.cached_bytes() <= 4096 * 3
+        if step % 10 == number:
+            _C.cpu.empty_cache()
+        assert (buffer == number).all()
+
+
 def clean():
     """Everything, from three Python threads at once, each call on up to three native threads."""
 
-    def work():
+    def work(number):
+        scratch_buffers(number)
         for dtype in ITEM_TYPES:
             for cols, softcap in ((5, 0.0), (131, 8.0), (1003, 0.0)):
                 row_kernels(dtype, cols, softcap, threads=3)
@@ -94,7 +109,7 @@ def clean():
 
     for isa in _C.cpu.runnable_isas():
         _C.cpu.use_isa(isa)
-        callers = [threading.Thread(target=work) for _ in range(3)]
+        callers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
         for caller in callers:
             caller.start()
         for caller in callers:
