@@ -33,7 +33,10 @@ def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     elif is_wide or _is_slow_on_cpu(hidden):
         hidden32 = hidden.float()
         for cols in _blocks(weight.shape[0], sum(hidden.shape) * 4):
-            out[:, cols] = hidden32 @ weight[cols].float().t()
+            if is_wide:
+                torch.mm(hidden32, weight[cols].float().t(), out=out[:, cols])
+            else:
+                out[:, cols] = hidden32 @ weight[cols].float().t()
     else:
         torch.mm(hidden, weight.t(), out=out)
 
