@@ -26,6 +26,7 @@ def prepare_arguments(
     ignore_index: int,
     logit_scale: float,
     logit_softcap: float | None,
+    logits_dtype: torch.dtype | None,
     backend: str,
     workspace: int | str,
     tp_group: object = None,
@@ -43,6 +44,8 @@ def prepare_arguments(
         hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None, is_cast=compute_dtype is not None
     )
     checks.check_transform(logit_scale, logit_softcap, hidden.dtype)
+    operands = compute_dtype or hidden.dtype
+    checks.check_logits_dtype(logits_dtype, operands)
     checks.check_flag("shift", shift)
     checks.check_ignore_index(ignore_index)
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
@@ -61,6 +64,7 @@ def prepare_arguments(
         group_name("tp_group", tp_group),
         group_name("cp_group", cp_group),
         group_name("dp_group", dp_group),
+        None if logits_dtype == operands else logits_dtype,
         compute_dtype,
         layout,
     )

@@ -32,6 +32,8 @@ class HeadOptions:
     """Groups go by name, so that an operator's schema can hold them."""
     cp_group: str | None = None
     dp_group: str | None = None
+    logits_dtype: torch.dtype | None = None
+    """float32 for products of 16-bit operands that are not rounded to their dtype. None: the operands' dtype."""
     compute_dtype: torch.dtype | None = None
     """What autocast has the products run in: the head's tensors are cast to it. None: their own dtype."""
     layout: TokenLayout | None = None
@@ -99,7 +101,7 @@ def prepare_call(
     grad_dtypes = GradientDtypes.of(hidden, weight, bias)
     if options.compute_dtype is not None:
         hidden, weight = hidden.to(options.compute_dtype), weight.to(options.compute_dtype)
-        bias = None if bias is None else bias.to(options.compute_dtype)
+    logits_dtype = options.logits_dtype or hidden.dtype
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     tp_group, cp_group = find_group(options.tp_group), find_group(options.cp_group)
     shard = None if tp_group is None else VocabShard.of(hidden, weight, labels, wants.flags, tp_group)
@@ -128,11 +130,12 @@ def prepare_call(
     head = Head(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
-        bias=None if bias is None else bias.contiguous(),
+        bias=None if bias is None else bias.to(logits_dtype).contiguous(),
         transform=HeadTransform(options.logit_scale, options.logit_softcap),
         token_loss=token_loss,
         backend=backend,
         grad_dtypes=grad_dtypes,
+        logits_dtype=logits_dtype,
         shard=shard,
     )
     problem = make_problem(operation, head, layout, wants, context, keeps_residual=keeps_residual)
@@ -159,6 +162,7 @@ def make_problem(
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0] if head.shard is None else head.shard.largest,
         itemsize=weight.element_size(),
+        logits_itemsize=0 if head.logits_dtype == weight.dtype else head.logits_dtype.itemsize,
         keeps_float32_weight_grad=weight.dtype == torch.float16,
         weight_grad_itemsize=head.grad_dtypes.weight.itemsize,
         want_hidden=wants.hidden,

@@ -109,6 +109,19 @@ def check_transform(logit_scale: float, logit_softcap: float | None, dtype: torc
         )
 
 
+def check_logits_dtype(logits_dtype: torch.dtype | None, operands: torch.dtype) -> None:
+    """Refuse what is neither the dtype of the product's operands nor float32 where these have 16 bits."""
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {logits_dtype!r}")
+    allowed = {None, operands, torch.float32 if operands.itemsize < 4 else operands}
+    if logits_dtype not in allowed:
+        wider = " or torch.float32" if operands.itemsize < 4 else ""
+        raise ValueError(
+            f"logits_dtype: expected None, the dtype of the product's operands ({operands}){wider}, "
+            f"got {logits_dtype}"
+        )
+
+
 def check_flag(name: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     is_numpy_bool = getattr(getattr(value, "dtype", None), "kind", None) == "b"

@@ -1,7 +1,8 @@
 """The chunk engine: forms logits and residuals in one reused buffer and gathers the gradients.
 
 It serves all losses, and makes every allocation that grows with rows or vocabulary. With a chunk's residual
-R = d(token loss)/d(logits), written over its logits, and the coefficients c = dL/d(token loss) of its rows::
+R = d(token loss)/d(logits), written over its logits (beside them where they are float32 and it is not), and the
+coefficients c = dL/d(token loss) of its rows::
 
     dX = c * (R W)        dW = R^T (c * X)        db = R^T c
 
@@ -11,7 +12,7 @@ log-likelihood R is softmax - onehot, and for the SLIME loss c = -dL/dlogp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,14 @@ class Head:
     weight: Tensor
     """(V, D), any strides: only the matrix products read it."""
     bias: Tensor | None
-    """(V,)"""
+    """(V,) in the dtype of the logits."""
     transform: HeadTransform
     token_loss: TokenLoss
     backend: Backend
     grad_dtypes: GradientDtypes
     """Of the tensors that ``hidden``, ``weight`` and ``bias`` are, or were cast from under autocast."""
+    logits_dtype: torch.dtype
+    """That of ``weight``, or float32: in which the products are stored."""
     shard: VocabShard | None = None
     """Which columns of the logits these are, where several processes share the head."""
 
@@ -113,6 +116,16 @@ class RowSet:
         return join([source[a:b] for a, b in self.spans])
 
 
+@dataclass(frozen=True)
+class _LogitsBlock:
+    """Raw logits (m, V) of the rows begin to end of a chunk, and their labels (m,)."""
+
+    begin: int
+    end: int
+    logits: Tensor
+    targets: Tensor
+
+
 class ChunkEngine:
     """Forms logits and residuals chunk by chunk in one reused buffer, and gathers the gradients."""
 
@@ -125,6 +138,7 @@ class ChunkEngine:
         self.plan = plan
         self.targets = layout.row_targets()
         self._buffer: Tensor | None = None
+        self._wide_buffer: Tensor | None = None
         p, hidden = plan.problem, head.hidden
         self.d_hidden: Tensor | None = None
         self.d_weight: Tensor | None = None
@@ -135,72 +149,99 @@ class ChunkEngine:
             new = hidden.new_empty if layout.rows is None else hidden.new_zeros
             self.d_hidden = new(hidden.shape, dtype=hidden_grad_dtype or head.waiting_dtypes.hidden)
 
-    def logits(self, rows: RowSet) -> Tensor:
-        """(M, V) raw logits of a chunk; they live until the next call."""
-        hidden = rows.take(self.head.hidden)
-        if self._buffer is None:
-            cols = self.head.weight.shape[0]
-            shape = (self.plan.chunk_rows, padded_cols(cols, hidden.element_size()))
-            padded = buffers.new_scratch(hidden, shape)
-            # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
-            padded[:, cols:].zero_()
-            self._buffer = padded[:, :cols]
-        logits = self._buffer[: hidden.shape[0]]
-        products.write_logits(hidden, self.head.weight, logits)
-        return logits
-
     def release_buffer(self) -> None:
-        """Give the logits buffer back."""
-        self._buffer = None
+        """Give the buffers of logits and residual back."""
+        self._buffer = self._wide_buffer = None
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
         """(M,) statistics of a chunk, to ``out``, without its residual."""
-        out.copy_(self._stats_of(self.logits(rows), rows))
+        for block in self._blocks(rows):
+            out.span(block.begin, block.end).copy_(self._stats_of(block))
 
     def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
-        """(M, V) residual of a chunk; its (M,) statistics go to ``out``."""
-        head, logits = self.head, self.logits(rows)
-        if head.shard is not None:
-            # One visit cannot see the row: the others' statistics come first.
-            stats = self._stats_of(logits, rows)
-            out.copy_(stats)
-            self._write_residual(logits, rows, stats)
-            return logits
-        head.backend.softmax_residual(
-            logits,
-            logits,
-            rows.of_labelled(self.targets),
-            head.bias,
-            head.transform,
-            head.token_loss,
-            row_max=out.row_max,
-            row_sum=out.row_sum,
-            logp=out.logp,
-            loss=out.loss,
-        )
-        return logits
+        """(M, V) residual of a chunk, until the next one; its (M,) statistics go to ``out``."""
+        head, residual = self.head, self._residual_buffer(rows.count)
+        for block in self._blocks(rows):
+            stats, target = out.span(block.begin, block.end), residual[block.begin : block.end]
+            if head.shard is not None:
+                # One visit cannot see the row: the others' statistics come first.
+                stats.copy_(self._stats_of(block))
+                self._write_residual(block, target, stats)
+                continue
+            head.backend.softmax_residual(
+                block.logits,
+                target,
+                block.targets,
+                head.bias,
+                head.transform,
+                head.token_loss,
+                row_max=stats.row_max,
+                row_sum=stats.row_sum,
+                logp=stats.logp,
+                loss=stats.loss,
+            )
+        return residual
 
     def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
         """As `residual`, where the (M,) statistics are known from an earlier pass."""
-        logits = self.logits(rows)
-        self._write_residual(logits, rows, known)
-        return logits
+        residual = self._residual_buffer(rows.count)
+        for block in self._blocks(rows):
+            span = block.begin, block.end
+            self._write_residual(block, residual[slice(*span)], known.span(*span))
+        return residual
 
-    def _stats_of(self, logits: Tensor, rows: RowSet) -> TokenStats:
-        head, targets = self.head, rows.of_labelled(self.targets)
+    def _blocks(self, rows: RowSet) -> Iterator[_LogitsBlock]:
+        """The raw logits of a chunk: all of them where the residual will lie, or by blocks of wide ones."""
+        head, count = self.head, rows.count
+        hidden, targets = rows.take(head.hidden), rows.of_labelled(self.targets)
+        if not self.plan.problem.has_wide_logits:
+            logits = self._residual_buffer(count)
+            products.write_logits(hidden, head.weight, logits)
+            yield _LogitsBlock(0, count, logits, targets)
+            return
+        if self._wide_buffer is None:
+            self._wide_buffer = self._new_buffer(self.plan.logits_rows, head.logits_dtype)
+        step = self._wide_buffer.shape[0]
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            logits = self._wide_buffer[: end - begin]
+            products.write_logits(hidden[begin:end], head.weight, logits)
+            yield _LogitsBlock(begin, end, logits, targets[begin:end])
+
+    def _residual_buffer(self, rows: int) -> Tensor:
+        """(M, V)"""
+        if self._buffer is None:
+            self._buffer = self._new_buffer(self.plan.chunk_rows, self.head.weight.dtype)
+        return self._buffer[:rows]
+
+    def _new_buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        cols = self.head.weight.shape[0]
+        padded = buffers.new_scratch(self.head.weight, (rows, padded_cols(cols, dtype.itemsize)), dtype)
+        # oneDNN's bf16 product reads one column beyond an odd V and multiplies it by zero: NaN stays NaN.
+        padded[:, cols:].zero_()
+        return padded[:, :cols]
+
+    def _stats_of(self, block: _LogitsBlock) -> TokenStats:
+        head = self.head
         stats = VocabStats.of_logits(
-            head.backend, logits, targets, head.bias, head.transform, head.token_loss, col_offset=head.col_offset
+            head.backend,
+            block.logits,
+            block.targets,
+            head.bias,
+            head.transform,
+            head.token_loss,
+            col_offset=head.col_offset,
         )
         if head.shard is not None:
             head.shard.merge(stats)
         return stats.finish(head.token_loss, head.vocab_size)
 
-    def _write_residual(self, logits: Tensor, rows: RowSet, stats: TokenStats) -> None:
+    def _write_residual(self, block: _LogitsBlock, out: Tensor, stats: TokenStats) -> None:
         head = self.head
         head.backend.residual_from_stats(
-            logits,
-            logits,
-            rows.of_labelled(self.targets),
+            block.logits,
+            out,
+            block.targets,
             head.bias,
             head.transform,
             head.token_loss,

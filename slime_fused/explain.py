@@ -28,6 +28,7 @@ def explain_plan(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
 ) -> Plan:
@@ -48,6 +49,7 @@ def explain_plan(
         ignore_index,
         logit_scale,
         logit_softcap,
+        logits_dtype,
         backend,
         workspace,
     )

@@ -37,6 +37,7 @@ def slime_loss(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
@@ -59,6 +60,8 @@ def slime_loss(
         ignore_index: the label of tokens that take no part.
         logit_scale: multiplies the logits (Cohere; Granite divides).
         logit_softcap: c, for logits c * tanh(logits / c) after the scale (Gemma 2).
+        logits_dtype: float32 for logits that are not rounded to the 16 bits of ``hidden`` and ``weight`` (all else
+            stays as it is); None for their dtype. `explain_plan` says what it costs.
         backend: "auto", "cuda", "triton", "cpu" or "torch".
         workspace: "auto", bytes, or a string such as "512MiB": the most that logits-shaped buffers may take. Where
             chunks of that size would need a float32 copy of a 16-bit dW, the logits may have the room of both: if
@@ -91,6 +94,7 @@ def slime_loss(
         ignore_index,
         logit_scale,
         logit_softcap,
+        logits_dtype,
         backend,
         workspace,
         tp_group,
@@ -130,6 +134,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
@@ -155,6 +160,7 @@ def linear_logprobs(
         ignore_index,
         logit_scale,
         logit_softcap,
+        logits_dtype,
         backend,
         workspace,
         tp_group,
@@ -173,6 +179,7 @@ def sequence_logprobs(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
@@ -198,6 +205,7 @@ def sequence_logprobs(
         ignore_index=ignore_index,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
         backend=backend,
         workspace=workspace,
         tp_group=tp_group,
@@ -233,6 +241,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
@@ -268,6 +277,7 @@ def linear_cross_entropy(
             ignore_index,
             logit_scale,
             logit_softcap,
+            logits_dtype,
             backend,
             workspace,
             tp_group,
@@ -282,6 +292,7 @@ def linear_cross_entropy(
         ignore_index,
         logit_scale,
         logit_softcap,
+        logits_dtype,
         backend,
         workspace,
         tp_group,

@@ -23,21 +23,21 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_s
 _TOKEN_LOSS = "float label_smoothing, float z_loss"
 _OPTIONS = (
     "bool shift, int ignore_index, float logit_scale, float? logit_softcap, str backend, str workspace, "
-    "str? tp_group, str? cp_group, str? dp_group, ScalarType? compute_dtype, "
+    "str? tp_group, str? cp_group, str? dp_group, ScalarType? logits_dtype, ScalarType? compute_dtype, "
     "bool want_hidden, bool want_weight, bool want_bias"
 )
 
 
 def flat_options(options: HeadOptions, wants: Wants) -> tuple[Any, ...]:
-    """The values of the schemas' last thirteen arguments."""
+    """The values of the schemas' last fourteen arguments."""
     o = options
     workspace = str(o.workspace)
     fields = (o.shift, o.ignore_index, o.logit_scale, o.logit_softcap, o.backend, workspace)
-    return *fields, o.tp_group, o.cp_group, o.dp_group, o.compute_dtype, *wants.flags
+    return *fields, o.tp_group, o.cp_group, o.dp_group, o.logits_dtype, o.compute_dtype, *wants.flags
 
 
 def _options(flat: tuple[Any, ...]) -> tuple[HeadOptions, Wants]:
-    return HeadOptions(*flat[:10]), Wants(*flat[10:])
+    return HeadOptions(*flat[:11]), Wants(*flat[11:])
 
 
 def _waiting(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype | None) -> GradientDtypes:

@@ -20,8 +20,8 @@ class SlimeLoss(nn.Module):
 
     Args:
         config: the loss's hyperparameters; None takes the paper's.
-        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``backend``, ``workspace``,
-            ``tp_group``, ``cp_group``, ``dp_group``. A TypeError for any other name.
+        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``logits_dtype``, ``backend``,
+            ``workspace``, ``tp_group``, ``cp_group``, ``dp_group``. A TypeError for any other name.
     """
 
     def __init__(self, config: SlimeLossConfig | None = None, **options: Any) -> None:
@@ -53,7 +53,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         **options: ``reduction``, ``label_smoothing``, ``z_loss``, ``shift``, ``ignore_index``, ``logit_scale``,
-            ``logit_softcap``, ``backend``, ``workspace``, ``tp_group``. A TypeError for any other name.
+            ``logit_softcap``, ``logits_dtype``, ``backend``, ``workspace``, ``tp_group``. A TypeError for any other
+            name.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -93,8 +93,17 @@ class Plan:
         p = self.problem
         if self.kind == "fused":
             block = p.rows * padded_cols(self.block_cols, p.itemsize) * p.itemsize
+            block += p.wide_bytes(self.logits_rows, self.block_cols)
             return max(block, self.chunk_rows * p.linear_stats_row_bytes)
-        return self.chunk_rows * p.row_bytes
+        return p.buffer_bytes(self.chunk_rows)
+
+    @property
+    def logits_rows(self) -> int:
+        """Rows whose float32 logits lie beside a 16-bit residual at once; 0 where logits lie in its place."""
+        p = self.problem
+        if self.kind != "fused":
+            return p.wide_rows(self.chunk_rows)
+        return _wide_rows_of_block(p) if self.block_cols else 0
 
     @property
     def scratch_bytes(self) -> int:
@@ -146,6 +155,17 @@ class Plan:
         return " (float32 dW over several chunks)"
 
     @property
+    def _wide_logits_line(self) -> str:
+        if self.kind == "fused" and not self.block_cols:
+            return "logits       float32: never rounded to the operands' dtype, and never stored"
+        p = self.problem
+        wide = p.wide_bytes(self.logits_rows, self.block_cols or p.vocab_size)
+        return (
+            f"logits       float32, {self.logits_rows} rows at once: {format_bytes(wide)} of the workspace; "
+            f"written and read in 4 bytes each instead of {p.itemsize}, and on a CPU multiplied at the float32 rate"
+        )
+
+    @property
     def products(self) -> int:
         """Matrix products of size rows x vocabulary x hidden, forward and backward together."""
         p = self.problem
@@ -176,6 +196,7 @@ class Plan:
             ),
             f"workspace    {format_bytes(self.workspace_bytes)} of {format_bytes(self.workspace)} "
             f"(all logits at once: {format_bytes(p.rows * p.row_pitch * p.itemsize)})",
+            *([self._wide_logits_line] if p.has_wide_logits else []),
             f"accumulator  {format_bytes(self.accumulator_bytes)}{self._accumulator_reason}; with the workspace "
             f"{format_bytes(self.logits_bytes)}",
             f"scratch      {format_bytes(self.scratch_bytes)} of hidden-sized rows",
@@ -190,9 +211,10 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
 
     Raises ValueError where not even one row fits, naming the least that works.
     """
-    if workspace < problem.row_bytes:
+    least = problem.buffer_bytes(1)
+    if workspace < least:
         raise ValueError(
-            f"workspace: expected at least {problem.row_bytes} bytes ({format_bytes(problem.row_bytes)}, one row "
+            f"workspace: expected at least {least} bytes ({format_bytes(least)}, one row "
             f"of {problem.vocab_size} logits), got {workspace}"
         )
     by_rows = _plan_by_rows(problem, workspace)
@@ -210,7 +232,8 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
     several = _plan_by_rows(problem, plan.workspace)
     if not several.sums_weight_grad_in_float32:
         return None
-    one = _plan_by_rows(problem, problem.rows * problem.row_bytes)
+    everything = problem.buffer_bytes(problem.rows)
+    one = _plan_by_rows(problem, everything)
     room = plan.workspace + several.accumulator_bytes - one.accumulator_bytes
     if several.accumulator_bytes > one.accumulator_bytes:
         # The block on the way into the accumulator is not room for logits.
@@ -218,7 +241,7 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
     is_one = len(one.chunks) == 1 and one.kind == "stream"
     if not is_one or one.workspace_bytes + one.scratch_bytes > room + several.scratch_bytes:
         return None
-    whole = _plan_by_rows(plan.problem, problem.rows * problem.row_bytes)
+    whole = _plan_by_rows(plan.problem, everything)
     return replace(
         whole,
         workspace=plan.workspace,
@@ -228,7 +251,7 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
 
 def _plan_by_rows(problem: Problem, workspace: int) -> Plan:
     """The plan that forms the logits of whole rows."""
-    capacity = workspace // problem.row_bytes
+    capacity = problem.rows_within(workspace)
     if not problem.wants_gradient:
         return Plan("eval", problem, _row_chunks(problem.rows, capacity), workspace, "no gradient is wanted")
     if problem.operation == "cross_entropy":
@@ -255,7 +278,7 @@ def _plan_fused(other: Plan) -> Plan | None:
         return None
     chunks = _row_chunks(p.rows, workspace // p.linear_stats_row_bytes)
     if other.kind == "eval":
-        capacity = workspace // p.row_bytes
+        capacity = p.rows_within(workspace)
         if capacity >= min(FUSED_BELOW_ROWS, p.rows):
             return None
         reason = f"no gradient is wanted, and the workspace holds the logits of {capacity} rows only"
@@ -284,7 +307,9 @@ def _accumulates_less(block_cols: int | None, chunk_rows: int) -> bool:
 
 def _block_cols(problem: Problem, workspace: int) -> int:
     """Columns of equal blocks of the vocabulary, as few as hold all rows in the workspace; 0 where none does."""
-    room = workspace // (problem.rows * ROW_ALIGNMENT) * (ROW_ALIGNMENT // problem.itemsize)
+    group = ROW_ALIGNMENT // problem.itemsize
+    group_bytes = problem.rows * ROW_ALIGNMENT + problem.wide_bytes(_wide_rows_of_block(problem), group)
+    room = workspace // group_bytes * group
     if room >= problem.vocab_size:
         return problem.vocab_size
     if room < FUSED_LEAST_COLS:
@@ -292,6 +317,11 @@ def _block_cols(problem: Problem, workspace: int) -> int:
     room -= room % FUSED_COL_MULTIPLE
     count = -(-problem.vocab_size // room)
     return round_up(-(-problem.vocab_size // count), FUSED_COL_MULTIPLE)
+
+
+def _wide_rows_of_block(problem: Problem) -> int:
+    """Rows whose wide logits lie beside a block of the vocabulary at once: a narrow block wants many."""
+    return -(-problem.rows // 4) if problem.has_wide_logits else 0
 
 
 def _row_chunks(rows: int, capacity: int) -> tuple[Chunk, ...]:
@@ -346,7 +376,7 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
 @lru_cache(maxsize=256)
 def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
     rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
-    workspace = max(min(rows * problem.row_bytes, _AUTO_CAP[kind]), problem.row_bytes)
+    workspace = max(min(problem.buffer_bytes(rows), _AUTO_CAP[kind]), problem.buffer_bytes(1))
     one = _one_chunk_instead(_plan_by_rows(problem, workspace))
     return workspace if one is None else max(workspace, one.workspace_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,13 @@ Operation = Literal["slime", "cross_entropy", "token"]
 
 ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
+
+WIDE_LOGITS_ROWS = 512
+"""Most rows whose float32 logits lie beside the 16-bit residual of a chunk at once.
+
+Each such block reads the whole head: 2 V D bytes beside 2 x 512 x V D FLOP, which an H100 (3 TB/s, 700 TFLOP/s)
+does in 0.7 and 1.5 ps per entry of the head. Not yet measured.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,7 @@ class Problem:
     hidden_size: int
     vocab_size: int
     itemsize: int
-    """Bytes of one hidden state, weight or logit."""
+    """Bytes of one hidden state or weight, and of one logit unless ``logits_itemsize`` says otherwise."""
     want_hidden: bool
     want_weight: bool
     want_bias: bool
@@ -35,6 +43,8 @@ class Problem:
     """Bytes of one entry of the dW that is returned (4 for a float32 head under autocast); 0: ``itemsize``."""
     keeps_float32_weight_grad: bool = False
     """float16: dW waits in float32 for the factor that reaches it in backward, however many the chunks."""
+    logits_itemsize: int = 0
+    """Bytes of one logit where these are wider than the operands (float32 of 16-bit ones); 0: ``itemsize``."""
 
     @property
     def has_linear_stats(self) -> bool:
@@ -48,8 +58,35 @@ class Problem:
 
     @property
     def row_bytes(self) -> int:
-        """Workspace of one row: its logits."""
+        """Of one row of the logits buffer, which holds the residual in the end."""
         return self.row_pitch * self.itemsize
+
+    @property
+    def has_wide_logits(self) -> bool:
+        """Whether logits are wider than the residual, and so cannot lie where it does."""
+        return self.logits_itemsize > self.itemsize
+
+    def wide_rows(self, rows: int) -> int:
+        """Rows whose wide logits lie in memory at once, where a chunk has ``rows``; 0 where logits are not wide."""
+        if not self.has_wide_logits:
+            return 0
+        # Without a residual the wide logits are all that a chunk needs.
+        return min(WIDE_LOGITS_ROWS, -(-rows // 4)) if self.wants_gradient else rows
+
+    def buffer_bytes(self, rows: int) -> int:
+        """Workspace of a chunk of ``rows``: its logits in place of which the residual is written, or both."""
+        residual = 0 if self.has_wide_logits and not self.wants_gradient else rows * self.row_bytes
+        return residual + self.wide_bytes(self.wide_rows(rows), self.vocab_size)
+
+    def wide_bytes(self, rows: int, cols: int) -> int:
+        """Of so many wide logits."""
+        return rows * padded_cols(cols, self.logits_itemsize) * self.logits_itemsize if rows else 0
+
+    def rows_within(self, workspace: int) -> int:
+        """Rows of the largest chunk within so many bytes."""
+        if not self.has_wide_logits:
+            return workspace // self.row_bytes
+        return bisect_right(range(1, workspace // self.row_bytes + 1), workspace, key=self.buffer_bytes)
 
     @property
     def row_scratch_bytes(self) -> int:

@@ -22,13 +22,23 @@ starting several costs as much as such a block."""
 
 
 def write_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``out`` (M, V) = ``hidden`` (M, D) @ ``weight`` (V, D)^T. ``out`` may have padded rows."""
-    if not _is_slow_on_cpu(hidden):
+    """``out`` (M, V) = ``hidden`` (M, D) @ ``weight`` (V, D)^T. ``out`` may have padded rows.
+
+    It may be float32 where the operands are not: the product is then not rounded to their dtype. No CPU product
+    does that, so there the operands are upcast, ``weight`` by blocks: it runs at the float32 rate.
+    """
+    is_wide = out.dtype != hidden.dtype
+    if is_wide and hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    elif is_wide or _is_slow_on_cpu(hidden):
+        hidden32 = hidden.float()
+        for cols in _blocks(weight.shape[0], sum(hidden.shape) * 4):
+            if is_wide:
+                torch.mm(hidden32, weight[cols].float().t(), out=out[:, cols])
+            else:
+                out[:, cols] = hidden32 @ weight[cols].float().t()
+    else:
         torch.mm(hidden, weight.t(), out=out)
-        return
-    hidden32 = hidden.float()
-    for cols in _blocks(weight.shape[0], sum(hidden.shape) * 4):
-        out[:, cols] = hidden32 @ weight[cols].float().t()
 
 
 def residual_times_weight(residual: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ It materialises all logits and leaves the gradients to autograd, so it is also t
 benchmark. It shares no code with the fused path: it checks little, drops no row and knows no plan. ``backend``,
 ``workspace`` and the process groups are accepted and ignored. Any floating dtype; the tests' truth is float64.
 
+``logits_dtype`` is that of the product, whose operands are upcast to it.
+
 ``upcast=False`` computes the log-softmax in the dtype of the logits, as the authors' trainer does under mixed
 precision; otherwise every reduction runs in float32 (float64 for float64 inputs).
 """
@@ -27,9 +29,10 @@ def _logits(
     bias: Tensor | None,
     logit_scale: float,
     logit_softcap: float | None,
+    logits_dtype: torch.dtype | None,
     upcast: bool,
 ) -> Tensor:
-    logits = F.linear(hidden, weight, bias)
+    logits = _linear(hidden, weight, bias, logits_dtype)
     if upcast and logits.dtype != torch.float64:
         logits = logits.float()
     if logit_scale != 1.0:
@@ -37,6 +40,17 @@ def _logits(
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return logits
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
+    if logits_dtype is None:
+        return F.linear(hidden, weight, bias)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    with torch.autocast(device, enabled=False):
+        wide_bias = None if bias is None else bias.to(logits_dtype)
+        return F.linear(hidden.to(logits_dtype), weight.to(logits_dtype), wide_bias)
 
 
 def _shift(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
@@ -69,13 +83,14 @@ def linear_logprobs(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
     **_ignored: Any,
 ) -> Tensor:
     """See `slime_fused.linear_logprobs`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
-    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, upcast)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, logits_dtype, upcast)
     mask = labels != ignore_index
     index = labels.masked_fill(~mask, 0).long()
     logps = torch.log_softmax(logits, dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -121,13 +136,14 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
     **_ignored: Any,
 ) -> Tensor:
     """See `slime_fused.linear_cross_entropy`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
-    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, upcast)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, logits_dtype, upcast)
     return cross_entropy(
         logits,
         labels,

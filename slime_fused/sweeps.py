@@ -170,6 +170,7 @@ class FusedSweep:
                 row_sum=stats.row_sum,
                 label_logit=stats.label_logit,
                 logit_sum=stats.logit_sum,
+                logits_dtype=head.logits_dtype,
             )
             self.stats.span(*rows.span).copy_(stats.finish(head.token_loss, head.weight.shape[0]))
 
@@ -191,6 +192,7 @@ class FusedSweep:
             head.backend,
             head.waiting_dtypes,
             block_cols=self._plan.block_cols,
+            wide_rows=self._plan.logits_rows,
             want_hidden=problem.want_hidden,
             want_weight=problem.want_weight,
             want_bias=problem.want_bias,

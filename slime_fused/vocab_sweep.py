@@ -37,6 +37,7 @@ def vocab_sweep_backward(
     dtypes: GradientDtypes,
     *,
     block_cols: int,
+    wide_rows: int = 0,
     want_hidden: bool,
     want_weight: bool,
     want_bias: bool,
@@ -47,7 +48,7 @@ def vocab_sweep_backward(
         hidden: (N, D), any dtype that ``backend`` supports.
         weight: (V, D), same dtype.
         labels: (N,) int64; negative labels mark rows without a gradient.
-        bias: (V,) in the same dtype, or None.
+        bias: (V,) in the dtype of the logits, or None.
         head: the transform from products to logits.
         token_loss: the loss of one token.
         row_max: (N,) acc dtype, largest logit of each row over the whole vocabulary.
@@ -57,6 +58,8 @@ def vocab_sweep_backward(
         backend: whose ``residual_from_stats`` turns logits into residuals.
         dtypes: of the three gradients.
         block_cols: columns of the vocabulary per step; the logits buffer is (N, block_cols).
+        wide_rows: rows of a block whose logits are formed at once, in acc dtype beside that buffer; 0: all of them,
+            in the buffer itself and its dtype.
         want_hidden: whether d_hidden is formed.
         want_weight: whether d_weight is formed.
         want_bias: whether d_bias is formed.
@@ -83,24 +86,28 @@ def vocab_sweep_backward(
 
     width = min(block_cols, vocab)
     buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
+    wide = hidden.new_empty(wide_rows, padded_cols(width, acc.itemsize), dtype=acc) if wide_rows else None
     for begin in range(0, vocab, width):
         cols = slice(begin, min(begin + width, vocab))
         residual = buffer[:, : cols.stop - begin]
-        products.write_logits(hidden, weight[cols], residual)
-        backend.residual_from_stats(
-            residual,
-            residual,
-            labels,
-            None if bias is None else bias[cols],
-            head,
-            token_loss,
-            col_offset=begin,
-            vocab_size=vocab,
-            row_max=row_max,
-            row_sum=row_sum,
-            logp=logp,
-            row_scale=None,
-        )
+        for first in range(0, rows, wide_rows or max(rows, 1)):
+            part = slice(first, min(first + (wide_rows or rows), rows))
+            logits = residual if wide is None else wide[: part.stop - first, : cols.stop - begin]
+            products.write_logits(hidden[part], weight[cols], logits)
+            backend.residual_from_stats(
+                logits,
+                residual[part],
+                labels[part],
+                None if bias is None else bias[cols],
+                head,
+                token_loss,
+                col_offset=begin,
+                vocab_size=vocab,
+                row_max=row_max[part],
+                row_sum=row_sum[part],
+                logp=logp[part],
+                row_scale=None,
+            )
         if sum_hidden is not None:
             products.add_hidden_grad(sum_hidden, residual, weight[cols])
         if d_weight is not None:
@@ -109,7 +116,7 @@ def vocab_sweep_backward(
             products.add_bias_grad(d_bias[cols], residual, row_scale)
 
     d_hidden = None
-    del buffer, residual, scaled_hidden
+    del buffer, wide, logits, residual, scaled_hidden
     if sum_hidden is not None:
         d_hidden = products.scale_rows(sum_hidden, row_scale, dtype=dtypes.hidden, owns=True)
     return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(dtypes.bias), weight_scale)

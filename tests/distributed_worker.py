@@ -22,7 +22,7 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
-from tests.support import Batch, assert_as_exact_as_plain, make_batch, pack, run
+from tests.support import Batch, assert_as_exact_as_plain, assert_close, make_batch, pack, run
 
 PROCESSES = 4
 VOCAB_BOUNDS = (0, 40, 41, 80, 103)
@@ -126,6 +126,20 @@ def check_vocabulary(groups: Groups, function: str, dtype: torch.dtype, workspac
         upstream=upstream,
         workspace=workspace,
     )
+
+
+def check_float32_logits(groups: Groups) -> None:
+    """Statistics are merged block by block; an error is that of float32, where rounded logits would err by 0.1."""
+    batch = batch_of(torch.bfloat16, spread=30.0)
+    fused = shard_vocabulary(sf.linear_logprobs, groups.all, VOCAB_BOUNDS)
+    truth = run(reference.linear_logprobs, batch.to(torch.float64))
+    plain = run(reference.linear_logprobs, batch, logits_dtype=torch.float32)
+    for workspace in WORKSPACES.values():
+        got = run(fused, batch, workspace=workspace, logits_dtype=torch.float32)
+        exact = truth.outputs["value"]
+        assert (got.outputs["value"].double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+        for name, grad in got.grads.items():
+            assert_close(name, grad, plain.grads[name], truth.grads[name], torch.finfo(torch.bfloat16).eps)
 
 
 def check_frozen_head(groups: Groups) -> None:
@@ -326,6 +340,7 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
         for size, workspace in WORKSPACES.items()
     },
     "vocabulary-frozen": check_frozen_head,
+    "vocabulary-float32_logits": check_float32_logits,
     "vocabulary-same_bits": check_same_bits_on_every_process,
     "vocabulary-compiled": check_compiled,
     **{

@@ -29,7 +29,19 @@ class TiledLinearStats:
         return 12 * -(-weight.shape[0] // TILE_COLS)
 
     def linear_stats(
-        self, hidden, weight, labels, bias, head, *, col_offset, row_max, row_sum, label_logit, logit_sum
+        self,
+        hidden,
+        weight,
+        labels,
+        bias,
+        head,
+        *,
+        col_offset,
+        row_max,
+        row_sum,
+        label_logit,
+        logit_sum,
+        logits_dtype=None,
     ):
         assert hidden.stride(1) == weight.stride(1) == 1
         self.calls += 1
@@ -37,7 +49,7 @@ class TiledLinearStats:
             rows = slice(a, a + TILE_ROWS)
             for begin in range(0, weight.shape[0], TILE_COLS):
                 cols = slice(begin, begin + TILE_COLS)
-                logits = hidden.new_empty(hidden[rows].shape[0], weight[cols].shape[0])
+                logits = hidden.new_empty(hidden[rows].shape[0], weight[cols].shape[0], dtype=logits_dtype)
                 products.write_logits(hidden[rows], weight[cols], logits)
                 self.logits_stats(
                     logits,

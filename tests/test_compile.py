@@ -173,6 +173,7 @@ def op_cases() -> dict[str, OpCase]:
         ("head_frozen", ("hidden",), torch.float32),
         ("nothing", (), torch.float32),
         ("float16", ("hidden", "weight", "bias"), torch.float16),
+        ("float32_logits", ("hidden", "weight", "bias"), torch.bfloat16),
     ):
         # Where every row has a label, results could be views of one buffer, which an operator may not return.
         layout = {"prompt": 0, "padding": 0} if label == "every_row_labelled" else {}
@@ -180,7 +181,10 @@ def op_cases() -> dict[str, OpCase]:
         batch = pack(batch) if label == "head_frozen" else batch
         leaves = batch.leaves(wanted)
         wants = Wants.of(leaves.hidden, leaves.weight, leaves.bias)
-        flat = library.flat_options(HeadOptions(False, IGNORE, 0.5, 9.0, "cpu", "auto"), wants)
+        logits_dtype = torch.float32 if label == "float32_logits" else None
+        flat = library.flat_options(
+            HeadOptions(False, IGNORE, 0.5, 9.0, "cpu", "auto", logits_dtype=logits_dtype), wants
+        )
         head = head_args(leaves)
         token_loss = (0.1, 0.01)
         cases[f"slime_loss-{label}"] = OpCase(library.slime_loss_op, (*head, numbers, "sequence", *flat))

@@ -23,6 +23,8 @@ import slime_fused.backends.cuda as cuda_backend
 from tests import backend_grid as grid
 from tests.cuda_emulator.backend import emulated_backend, load_module
 from tests.cuda_emulator.build import EmulatorUnavailable, Mode, build, sanitizer_environment
+from tests.narrow_residual import CASES as NARROW_CASES
+from tests.narrow_residual import HALVES, check_narrow_residual
 
 pytestmark = pytest.mark.slow  # the first run compiles the kernels, about a minute for each of three builds
 
@@ -98,6 +100,27 @@ def test_in_place_and_elsewhere_give_the_same_bits(native, dtype, plan):
     for out, stats in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(stats, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=lambda c: c.name)
+def test_residual_of_fewer_bits(backend, case, dtype):
+    check_narrow_residual(backend, case, dtype, CPU)
+
+
+@pytest.mark.parametrize("plan", ["some_held_some_read_again", "cluster_of_2", "several_launches"])
+def test_residual_of_fewer_bits_by_plan(native, plan):
+    native.set_schedule("fixed")
+    backend = emulated_backend(native, plan=make_plan(native, plan))
+    for case in (PLAN_CASES[0], PLAN_CASES[4]):
+        for dtype in HALVES:
+            check_narrow_residual(backend, case, dtype, CPU)
+
+
+def test_a_residual_of_fewer_bits_does_not_wait_in_registers(native):
+    backend = emulated_backend(native, plan=make_plan(native, "registers"))
+    with pytest.raises(ValueError, match="stage registers takes a residual of the dtype of the logits"):
+        check_narrow_residual(backend, PLAN_CASES[0], torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

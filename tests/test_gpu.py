@@ -12,6 +12,8 @@ import slime_fused as sf
 from slime_fused import reference
 from slime_fused.backends import get_backend
 from tests import backend_grid as grid
+from tests.narrow_residual import CASES as NARROW_CASES
+from tests.narrow_residual import HALVES, check_narrow_residual
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +68,30 @@ def test_softmax_residual(backend, case):
 @pytest.mark.parametrize("case", grid.row_cases(GPU_DTYPES), ids=lambda c: c.name)
 def test_stats_then_residual(backend, case, shards):
     grid.check_stats_then_residual(backend, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", NARROW_CASES, ids=lambda c: c.name)
+def test_residual_of_fewer_bits(backend, case, dtype):
+    check_narrow_residual(backend, case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("workspace", ["auto", "90KB", "16KB"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_float32_logits(backend, dtype, workspace):
+    """Log-probs err by float32 arithmetic alone, and gradients no more than plain PyTorch's 16-bit ones do."""
+    hidden, weight, labels = (x.to(DEVICE) for x in problem(dtype))
+    weight = 15 * weight
+    options = {"backend": backend.name, "workspace": workspace, "logits_dtype": torch.float32}
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    got = sf.linear_logprobs(hidden, weight, labels, **options)
+    got.mean().backward()
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = reference.linear_logprobs(*wide, labels)
+    truth.mean().backward()
+    assert (got.double() - truth).abs().max() <= 1e-6 * truth.abs().max()
+    for ours, exact in zip((hidden, weight), wide, strict=True):
+        assert relative_error(ours.grad, exact.grad.cpu()) <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("vocab", [32000, 50257, 128256, 262144])

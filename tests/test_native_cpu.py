@@ -251,8 +251,8 @@ def test_a_label_outside_the_vocabulary_is_named_before_anything_is_written():
 
 
 NATIVE_ARGS = {
-    "logits": 64, "out": 64, "rows": 2, "cols": 8, "logits_stride": 8, "out_stride": 8, "dtype": 0, "labels": 64,
-    "bias": 0, "scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
+    "logits": 64, "out": 64, "rows": 2, "cols": 8, "logits_stride": 8, "out_stride": 8, "dtype": 0,
+    "out_dtype": 0, "labels": 64, "bias": 0, "scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
     "row_max": 64, "row_sum": 64, "logp": 64, "loss": 0, "num_threads": 1,
 }  # fmt: skip
 
@@ -266,6 +266,9 @@ NATIVE_ARGS = {
         ({"out_stride": 7}, "out row stride: expected at least 8, got 7"),
         ({"out_stride": 9}, r"out: expected the row stride of logits \(8\) .* got 9"),
         ({"dtype": 4}, "dtype: expected .* got 4"),
+        ({"dtype": 1, "out_dtype": 0}, r"out_dtype: expected that of the logits \(1\).* got 0"),
+        ({"out_dtype": 3}, "out_dtype: expected .* got 3"),
+        ({"out_dtype": 1}, "out: expected another buffer than logits of another dtype"),
         ({"logits": 0}, "logits: expected a buffer, got a null pointer"),
         ({"out": 0}, "out: expected a buffer"),
         ({"labels": 0}, "labels: expected a buffer"),
@@ -281,7 +284,7 @@ def test_tensors_of_the_wrong_shape_dtype_or_layout_are_named():
     logits, labels, good = torch.randn(4, 10), torch.zeros(4, dtype=torch.int64), torch.empty(4)
     for change, error, message in [
         ({"out": torch.empty(4, 9)}, ValueError, r"out: expected shape \(4, 10\), got \(4, 9\)"),
-        ({"out": torch.empty(4, 10).half()}, TypeError, "out: expected dtype torch.float32, got torch.float16"),
+        ({"out": torch.empty(4, 10).double()}, TypeError, "out: expected dtype torch.float32, got torch.float64"),
         ({"out": torch.empty(10, 4).t()}, ValueError, "out: expected contiguous columns"),
         ({"labels": labels.int()}, TypeError, "labels: expected dtype torch.int64, got torch.int32"),
         ({"row_max": good.double()}, TypeError, "row_max: expected dtype torch.float32, got torch.float64"),

@@ -65,6 +65,15 @@ def assert_sum_of_products(total: Tensor, *factors: tuple[Tensor, Tensor]) -> No
     assert error <= allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+def test_float32_logits_are_one_product(adds_to_float32):
+    """Into rows of a padded buffer; the operands are not upcast."""
+    hidden, weight = tensors((ROWS, DEPTH), (COLS + 1, DEPTH))
+    out = torch.full((ROWS, COLS + 4), torch.nan).as_subclass(OnGpu)[:, : COLS + 1]
+    products.write_logits(hidden, weight, out)
+    assert_sum_of_products(out, (hidden, weight.t()))
+    assert OnGpu.calls == [("mm", (ROWS, COLS + 1))]
+
+
 def test_weight_gradient_over_two_chunks(adds_to_float32):
     residuals = tensors((ROWS, VOCAB), (ROWS, VOCAB))
     scaled = tensors((ROWS, COLS), (ROWS, COLS))

@@ -73,11 +73,21 @@ def make_target(arch):
 
 @cache
 def compile_kernel(
-    kernel, arch, dtype, constants, num_warps, num_stages, checked=False, tiles=None, is_aligned=True
+    kernel,
+    arch,
+    dtype,
+    constants,
+    num_warps,
+    num_stages,
+    checked=False,
+    tiles=None,
+    is_aligned=True,
+    out_dtype=None,
 ):
     """`constants`: ((name, value), ...); others are on. `tiles`: block shapes of the two descriptors.
 
     `is_aligned`: the pitch of rows is a multiple of 16 elements, which a launch tells the compiler too.
+    `out_dtype`: of the residual, where it is not ``dtype``.
     """
     multiples = ("V", "D", *(name for name in INTEGERS if name.endswith("stride") and is_aligned))
     names = kernel.arg_names
@@ -94,6 +104,8 @@ def compile_kernel(
             signature[name] = "i32"
         elif name in POINTERS:
             signature[name] = POINTERS[name]
+        elif name == "out" and out_dtype is not None:
+            signature[name] = f"*{out_dtype}"
         elif name in ("logits", "out", "bias", "hidden", "weight", "values", "tensor"):
             signature[name] = f"*{dtype}"
         else:
@@ -206,6 +218,7 @@ def compile_linear(config, arch, dtype, *, features, is_aligned=True):
         "HAS_SOFTCAP": features,
         "HAS_LOGIT_SUM": features,
         "HAS_PTX": not isinstance(arch, str),
+        "ROUNDS_PRODUCT": True,
         "DESCRIPTORS": config.uses_descriptors,
         "EVEN_D": not features,
         "BLOCK_M": config.block_m,
@@ -319,6 +332,22 @@ def test_rows_between_their_visits_fit_in_l2(arch):
         programs = min(REGISTERS // (registers * threads), 2048 // threads)
         assert programs * most / 2 <= 0.85 * l2_bytes
     assert configs.ROW_CONFIGS[-1][1].num_warps == 32  # one program, as long as it needs more than 32 registers
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_residuals_of_float32_logits_are_packed(dtype, arch):
+    """They fit the registers, and two numbers are rounded at a time."""
+    config = configs.row_config(f"sm{arch}", 128256, 4)
+    for kernel, block in (
+        (rows.softmax_residual_kernel, config),
+        (rows.residual_from_stats_kernel, configs.STREAM_CONFIG),
+    ):
+        constants = (("BLOCK", block.block),)
+        compiled = compile_kernel(kernel, arch, "fp32", constants, block.num_warps, 3, True, out_dtype=dtype)
+        assert_fits(compiled, arch, block.num_warps)
+        packed = {"bf16": "bf16x2", "fp16": "f16x2"}[dtype]
+        assert re.search(rf"cvt\.rn\.{packed}\.f32", compiled.asm["ptx"])
 
 
 def test_loads_are_wide_where_rows_are_aligned():

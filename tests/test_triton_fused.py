@@ -11,7 +11,7 @@ import torch
 import slime_fused as sf
 from slime_fused import reference
 from slime_fused.plan import FUSED_LEAST_COLS
-from tests.support import assert_as_exact_as_plain, make_batch, pack
+from tests.support import assert_as_exact_as_plain, assert_close, floor_of, make_batch, pack, run
 from tests.triton_support import INTERPRETING, skip_unless_kernels_run
 
 skip_unless_kernels_run()
@@ -85,3 +85,32 @@ def test_public_functions(case):
         workspace=workspace,
         roundings=2,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits(dtype):
+    """Log-probs err by float32 arithmetic alone; logits of about 100, rounded to 16 bits, would err by 0.01."""
+    batch = make_batch(
+        (5, 7, 8, 6), vocab_size=2 * FUSED_LEAST_COLS + 133, hidden_size=24, dtype=dtype, spread=30.0
+    )
+    leaves = batch.leaves(("hidden", "weight"))
+    how = {"backend": "triton", "logits_dtype": torch.float32}
+    problem = leaves.call(sf.explain_plan, loss="token", **how).problem
+    workspace = 4 * problem.rows * FUSED_LEAST_COLS
+    plan = leaves.call(sf.explain_plan, loss="token", workspace=workspace, **how)
+    assert plan.kind == "fused", plan
+    assert 1 < plan.logits_rows < problem.rows
+    truth, plain, got = (
+        run(function, batch.to(torch.float64) if i == 0 else batch, wanted=("hidden", "weight"), **options)
+        for i, (function, options) in enumerate(
+            (
+                (reference.linear_logprobs, {}),
+                (reference.linear_logprobs, {"logits_dtype": torch.float32}),
+                (sf.linear_logprobs, {"workspace": workspace, **how}),
+            )
+        )
+    )
+    exact = truth.outputs["value"]
+    assert (got.outputs["value"].double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+    for name, grad in got.grads.items():
+        assert_close(name, grad, plain.grads[name], truth.grads[name], floor_of(dtype))

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests import backend_grid as grid
+from tests.narrow_residual import CASES as NARROW_CASES
+from tests.narrow_residual import HALVES, check_narrow_residual
 from tests.triton_support import DEVICE, INTERPRETING, skip_unless_kernels_run
 
 skip_unless_kernels_run()
@@ -37,6 +39,13 @@ def test_softmax_residual(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_stats_then_residual(case, shards):
     grid.check_stats_then_residual(BACKEND, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["all-float32", "unaligned_rows-float32", "negative_scale_aligned-float32"])
+def test_residual_of_fewer_bits(name, dtype):
+    (case,) = [case for case in NARROW_CASES if case.name == name]
+    check_narrow_residual(BACKEND, case, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

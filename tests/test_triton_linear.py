@@ -40,11 +40,12 @@ def make_problem(rows, cols, depth, dtype, *, has_bias):
     return hidden, weight, labels, bias
 
 
-def exact_stats(hidden, weight, labels, bias, head, col_offset=0):
-    """(max, sum, label logit, sum of logits) in float64, of products rounded as stored ones are."""
+def exact_stats(hidden, weight, labels, bias, head, col_offset=0, *, rounded=True):
+    """(max, sum, label logit, sum of logits) in float64, of products rounded as stored ones are, or not."""
+    product = hidden.double() @ weight.double().T
     out = [torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device) for _ in range(4)]
     TorchBackend().logits_stats(
-        (hidden.double() @ weight.double().T).to(hidden.dtype).double(),
+        product.to(hidden.dtype).double() if rounded else product,
         labels,
         None if bias is None else bias.double(),
         head,
@@ -150,6 +151,22 @@ def test_backend_method(dtype):
         assert_stats_match([*out.values(), *([] if logit_sum is None else [logit_sum])], exact, 50)
     none = {name: torch.empty(0, device=DEVICE) for name in names}
     TritonBackend().linear_stats(hidden[:0], weight, labels[:0], bias, head, col_offset=0, logit_sum=None, **none)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_for_float32_logits_are_not_rounded(dtype):
+    """The bias is float32 then, as it is where logits are stored."""
+    hidden, weight, labels, bias = make_problem(70, 300, 50, dtype, has_bias=True)
+    hidden = (1.3 * hidden).to(dtype)  # as they are made, their products fit 16 bits
+    wide_bias = bias.float() + 1e-4
+    out = {name: torch.empty(70, device=DEVICE) for name in ("row_max", "row_sum", "label_logit", "logit_sum")}
+    TritonBackend().linear_stats(
+        hidden, weight, labels, wide_bias, HeadTransform(), col_offset=0, logits_dtype=torch.float32, **out
+    )
+    exact = exact_stats(hidden, weight, labels, wide_bias, HeadTransform(), rounded=False)
+    assert_stats_match(out.values(), exact, 50)
+    of_rounded = exact_stats(hidden, weight, labels, wide_bias, HeadTransform())
+    assert (of_rounded[2] - exact[2]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("cols", [1, 64, 300])

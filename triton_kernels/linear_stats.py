@@ -9,7 +9,7 @@
 | hidden | [M, D], rows `hidden_stride` apart | f32, bf16, f16 | read once per `block_n` columns, mostly from L2 |
 | weight | [V, D], rows `weight_stride` apart | as hidden | read once per `group_m * block_m` rows |
 | labels | [M] | i64 | read; a label outside [col_offset, col_offset + V) has label_logit 0 |
-| bias | [V] or None | as hidden | read |
+| bias | [V] or None | that of the logits: as hidden, or f32 | read |
 | partial_max, partial_sum, partial_logit_sum | [tiles of V, M] | f32 | written, then merged by the second kernel |
 | row_max, row_sum, label_logit | [M] | f32 | written |
 | logit_sum, and with it partial_logit_sum | [M] or None | f32 | written |
@@ -18,6 +18,7 @@ FLOPs: 2 M V D. Bytes beyond the operands: 16 M V / block_n, half as much again 
 Accumulation: float32. The product is rounded once to the dtype of its operands, as one that is stored: a backward
 pass forms the logits again and subtracts this log-sum-exp. Were they not rounded alike, a row's probabilities would
 not sum to 1 (bfloat16, logits of standard deviation 5: gradients 2.4 times further from float64; 10: 3.8 times).
+Where backward forms float32 logits, the product is not rounded at all.
 Limits: float32 operands use full precision ("ieee"), which has no tensor cores.
 Deterministic: every partial and every label logit has one writer, and the merge runs in a fixed order.
 Model: the linear cross-entropy of Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
@@ -104,6 +105,7 @@ def linear_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
     HAS_PTX: tl.constexpr,
+    ROUNDS_PRODUCT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -139,7 +141,8 @@ def linear_stats_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    raw = round_product(raw, hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty, HAS_PTX)
+    if ROUNDS_PRODUCT:
+        raw = round_product(raw, hidden.dtype if DESCRIPTORS else hidden.dtype.element_ty, HAS_PTX)
     if HAS_BIAS:
         raw += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     z = head_logit(raw, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -241,6 +244,7 @@ def linear_stats(
     softcap: float | None,
     col_offset: int,
     config: LinearConfig,
+    rounds_product: bool = True,
 ) -> None:
     """Launch both kernels; M > 0 and V > 0. Columns of `hidden` and `weight` are contiguous."""
     (rows, depth), cols = hidden.shape, weight.shape[0]
@@ -276,6 +280,7 @@ def linear_stats(
         HAS_SOFTCAP=softcap is not None,
         HAS_LOGIT_SUM=has_logit_sum,
         HAS_PTX=compiles_to_ptx(),
+        ROUNDS_PRODUCT=rounds_product,
         DESCRIPTORS=config.uses_descriptors,
         EVEN_D=depth % config.block_k == 0,
         BLOCK_M=config.block_m,

@@ -40,11 +40,19 @@ void bind_logits(py::module_& module) {
   module.def(
       "softmax_residual",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
-         int dtype, Address labels, Address bias, double scale, double softcap, double label_smoothing,
-         double z_loss, Address row_max, Address row_sum, Address logp, Address loss, int num_threads) {
+         int dtype, int out_dtype, Address labels, Address bias, double scale, double softcap,
+         double label_smoothing, double z_loss, Address row_max, Address row_sum, Address logp, Address loss,
+         int num_threads) {
         SoftmaxResidualArgs args;
-        args.block = {pointer(logits), pointer(out), rows, cols,
-                      logits_stride,   out_stride,   0,    static_cast<DType>(dtype)};
+        args.block = {pointer(logits),
+                      pointer(out),
+                      rows,
+                      cols,
+                      logits_stride,
+                      out_stride,
+                      0,
+                      static_cast<DType>(dtype),
+                      static_cast<DType>(out_dtype)};
         args.labels = pointer<const int64_t>(labels);
         args.head = {pointer(bias), scale, softcap};
         args.token_loss = {label_smoothing, z_loss, cols};
@@ -55,9 +63,9 @@ void bind_logits(py::module_& module) {
         const py::gil_scoped_release unlocked;
         softmax_residual(args, num_threads);
       },
-      "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "labels"_a,
-      "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a,
-      "loss"_a, "num_threads"_a);
+      "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "out_dtype"_a,
+      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a,
+      "logp"_a, "loss"_a, "num_threads"_a);
 
   module.def(
       "logits_stats",
@@ -84,12 +92,19 @@ void bind_logits(py::module_& module) {
   module.def(
       "residual_from_stats",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
-         int64_t col_offset, int64_t vocab_size, int dtype, Address labels, Address bias, double scale,
-         double softcap, double label_smoothing, double z_loss, Address row_max, Address row_sum,
-         Address logp, Address row_scale, int num_threads) {
+         int64_t col_offset, int64_t vocab_size, int dtype, int out_dtype, Address labels, Address bias,
+         double scale, double softcap, double label_smoothing, double z_loss, Address row_max,
+         Address row_sum, Address logp, Address row_scale, int num_threads) {
         ResidualFromStatsArgs args;
-        args.block = {pointer(logits), pointer(out), rows,       cols,
-                      logits_stride,   out_stride,   col_offset, static_cast<DType>(dtype)};
+        args.block = {pointer(logits),
+                      pointer(out),
+                      rows,
+                      cols,
+                      logits_stride,
+                      out_stride,
+                      col_offset,
+                      static_cast<DType>(dtype),
+                      static_cast<DType>(out_dtype)};
         args.labels = pointer<const int64_t>(labels);
         args.head = {pointer(bias), scale, softcap};
         args.token_loss = {label_smoothing, z_loss, vocab_size};
@@ -101,8 +116,8 @@ void bind_logits(py::module_& module) {
         residual_from_stats(args, num_threads);
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "col_offset"_a,
-      "vocab_size"_a, "dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a,
-      "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "num_threads"_a);
+      "vocab_size"_a, "dtype"_a, "out_dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a,
+      "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "num_threads"_a);
 }
 
 void bind_segments(py::module_& module) {

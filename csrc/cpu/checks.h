@@ -37,8 +37,15 @@ inline void check_block(const LogitsBlock& block, bool writes) {
   check_pointer(block.in, "logits");
   if (block.rows > 1) check_at_least(block.in_stride, block.cols, "logits row stride");
   if (!writes) return;
+  const DType out_dtype = block.out_dtype;
+  const bool is_narrower = block.dtype == DType::f32 && (out_dtype == DType::bf16 || out_dtype == DType::f16);
+  check(out_dtype == block.dtype || is_narrower,
+        "out_dtype: expected that of the logits (" + std::to_string(static_cast<int>(block.dtype)) +
+            "), or 1 (bf16) or 2 (f16) for 0 (f32), got " + std::to_string(static_cast<int>(out_dtype)));
   check_pointer(block.out, "out");
   if (block.rows > 1) check_at_least(block.out_stride, block.cols, "out row stride");
+  check(block.in != block.out || out_dtype == block.dtype,
+        "out: expected another buffer than logits of another dtype");
   check(block.in != block.out || block.rows == 1 || block.in_stride == block.out_stride,
         "out: expected the row stride of logits (" + std::to_string(block.in_stride) +
             ") where it is the same buffer, got " + std::to_string(block.out_stride));

@@ -7,7 +7,7 @@
 //   | tensor                 | shape | dtype            |                                          |
 //   |------------------------|-------|------------------|------------------------------------------|
 //   | in                     | M, V  | f32/bf16/f16/f64 | read twice: from memory, then from cache |
-//   | out                    | M, V  | same             | written once, may be `in`                |
+//   | out                    | M, V  | same; f32 logits: or bf16/f16 | written once, may be `in`   |
 //   | bias                   | V     | same             | read, optional                           |
 //   | row_max, row_sum, logp | M     | acc              | written; residual_from_stats: read       |
 //
@@ -20,6 +20,7 @@
 // Label entry   formed from expm1(logp), because p - 1 cancels when the token is likely.
 #include "row_kernels.h"
 
+#include "row_dispatch.h"
 #include "simd.h"
 
 namespace slime_fused::cpu::SLIME_FUSED_ISA {
@@ -28,8 +29,6 @@ namespace {
 // Vectors per step of the statistics. 8 keep a step of z in registers on AVX-512, and make the branch on a
 // new maximum rare.
 constexpr int kUnroll = 8;
-
-enum class Head { plain, affine, capped };
 
 // z and, for the residual, d z / d raw without the scale, of one vector of logits.
 template <typename Scalar>
@@ -161,11 +160,11 @@ struct RowResidual {
   Scalar label_value;  // its entry, without slope
 };
 
-template <DType kType, Head kHead>
+template <DType kOut, DType kType, Head kHead>
 void write_residual(const HeadOp<kType, kHead>& head, const typename Storage<kType>::Elem* in,
-                    typename Storage<kType>::Elem* out, int64_t cols,
+                    typename Storage<kOut>::Elem* out, int64_t cols,
                     const RowResidual<typename Storage<kType>::Scalar>& row) {
-  using S = Storage<kType>;
+  using S = Storage<kOut>;
   using Scalar = typename S::Scalar;
   using V = Vec<Scalar>;
   constexpr int kLanes = Acc<Scalar>::kLanes;
@@ -191,7 +190,14 @@ void write_residual(const HeadOp<kType, kHead>& head, const typename Storage<kTy
       r[i] = {value(logits.first), value(logits.second)};
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) store_pair<S>(out + v + 2 * i * kLanes, r[i]);
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kType == kOut) {
+        store_pair<S>(out + v + 2 * i * kLanes, r[i]);
+      } else {  // float32 is loaded in order, which 16 bits are not in a pair
+        store<S>(out + v + 2 * i * kLanes, r[i].first);
+        store<S>(out + v + (2 * i + 1) * kLanes, r[i].second);
+      }
+    }
   }
   for (; v < cols; v += kLanes) {
     const int count = cols - v < kLanes ? static_cast<int>(cols - v) : kLanes;
@@ -229,11 +235,11 @@ inline void zero_row(Elem* row, int64_t cols) {
   __builtin_memset(row, 0, static_cast<size_t>(cols) * sizeof(Elem));
 }
 
-template <DType kType, Head kHead>
+template <DType kType, DType kOut, Head kHead>
 void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64_t end) {
-  using S = Storage<kType>;
-  using Elem = typename S::Elem;
-  using Scalar = typename S::Scalar;
+  using Elem = typename Storage<kType>::Elem;
+  using OutElem = typename Storage<kOut>::Elem;
+  using Scalar = typename Storage<kType>::Scalar;
   const LogitsBlock& block = args.block;
   const HeadOp<kType, kHead> head(args.head);
   const LossTerms<Scalar> terms(args.token_loss, args.head);
@@ -245,7 +251,7 @@ void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64
 
   for (int64_t m = begin; m < end; ++m) {
     const Elem* const in = static_cast<const Elem*>(block.in) + m * block.in_stride;  // [V]
-    Elem* const out = static_cast<Elem*>(block.out) + m * block.out_stride;           // [V]
+    OutElem* const out = static_cast<OutElem*>(block.out) + m * block.out_stride;     // [V]
     const int64_t label = args.labels[m];
     if (label < 0) {
       zero_row(out, block.cols);
@@ -268,7 +274,7 @@ void softmax_residual_rows(const SoftmaxResidualArgs& args, int64_t begin, int64
       if (terms.eps != 0) loss += terms.eps * (lse - stats.logit_sum / static_cast<Scalar>(block.cols));
       loss_out[m] = loss;
     }
-    write_residual(
+    write_residual<kOut>(
         head, in, out, block.cols,
         terms.residual(finite_shift(stats.max), Scalar(1) / stats.sum, lse, logp, label, Scalar(1)));
   }
@@ -309,9 +315,10 @@ void logits_stats_rows(const LogitsStatsArgs& args, int64_t begin, int64_t end) 
   }
 }
 
-template <DType kType, Head kHead>
+template <DType kType, DType kOut, Head kHead>
 void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, int64_t end) {
   using Elem = typename Storage<kType>::Elem;
+  using OutElem = typename Storage<kOut>::Elem;
   using Scalar = typename Storage<kType>::Scalar;
   const LogitsBlock& block = args.block;
   const HeadOp<kType, kHead> head(args.head);
@@ -323,7 +330,7 @@ void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, 
 
   for (int64_t m = begin; m < end; ++m) {
     const Elem* const in = static_cast<const Elem*>(block.in) + m * block.in_stride;  // [V]
-    Elem* const out = static_cast<Elem*>(block.out) + m * block.out_stride;           // [V]
+    OutElem* const out = static_cast<OutElem*>(block.out) + m * block.out_stride;     // [V]
     if (args.labels[m] < 0) {
       zero_row(out, block.cols);
       continue;
@@ -332,54 +339,30 @@ void residual_from_stats_rows(const ResidualFromStatsArgs& args, int64_t begin, 
     const int64_t label = column >= 0 && column < block.cols ? column : -1;
     const Scalar factor = row_scale != nullptr ? row_scale[m] : Scalar(1);
     const Scalar lse = row_max[m] + scalar_log(row_sum[m]);
-    write_residual(
+    write_residual<kOut>(
         head, in, out, block.cols,
         terms.residual(finite_shift(row_max[m]), Scalar(1) / row_sum[m], lse, logp[m], label, factor));
   }
 }
 
-// ---- From run-time dtype and head to the templates
-// ---------------------------------------------------------
-
-Head head_kind(const HeadTransform& head) {
-  if (head.softcap != 0.0) return Head::capped;
-  return head.bias != nullptr || head.scale != 1.0 ? Head::affine : Head::plain;
-}
-
-#define SLIME_FUSED_DISPATCH(function, args, begin, end)        \
-  const auto with_head = [&]<DType kType>() {                   \
-    switch (head_kind((args).head)) {                           \
-      case Head::plain:                                         \
-        return function<kType, Head::plain>(args, begin, end);  \
-      case Head::affine:                                        \
-        return function<kType, Head::affine>(args, begin, end); \
-      case Head::capped:                                        \
-        return function<kType, Head::capped>(args, begin, end); \
-    }                                                           \
-  };                                                            \
-  switch ((args).block.dtype) {                                 \
-    case DType::f32:                                            \
-      return with_head.template operator()<DType::f32>();       \
-    case DType::bf16:                                           \
-      return with_head.template operator()<DType::bf16>();      \
-    case DType::f16:                                            \
-      return with_head.template operator()<DType::f16>();       \
-    case DType::f64:                                            \
-      return with_head.template operator()<DType::f64>();       \
-  }
-
 void softmax_residual(const SoftmaxResidualArgs& args, int64_t begin, int64_t end) {
-  SLIME_FUSED_DISPATCH(softmax_residual_rows, args, begin, end)
+  with_dtypes(args.block, [&]<DType kType, DType kOut>() {
+    with_head(args.head, [&]<Head kHead>() { softmax_residual_rows<kType, kOut, kHead>(args, begin, end); });
+  });
 }
 
 void logits_stats(const LogitsStatsArgs& args, int64_t begin, int64_t end) {
-  SLIME_FUSED_DISPATCH(logits_stats_rows, args, begin, end)
+  with_dtype(args.block.dtype, [&]<DType kType>() {
+    with_head(args.head, [&]<Head kHead>() { logits_stats_rows<kType, kHead>(args, begin, end); });
+  });
 }
 
-void residual_from_stats(const ResidualFromStatsArgs& args, int64_t begin,
-                         int64_t end){SLIME_FUSED_DISPATCH(residual_from_stats_rows, args, begin, end)}
-
-#undef SLIME_FUSED_DISPATCH
+void residual_from_stats(const ResidualFromStatsArgs& args, int64_t begin, int64_t end) {
+  with_dtypes(args.block, [&]<DType kType, DType kOut>() {
+    with_head(args.head,
+              [&]<Head kHead>() { residual_from_stats_rows<kType, kOut, kHead>(args, begin, end); });
+  });
+}
 
 #define SLIME_FUSED_STRING2(x) #x
 #define SLIME_FUSED_STRING(x) SLIME_FUSED_STRING2(x)

@@ -106,21 +106,21 @@ void bind_rows(py::module_& module) {
   module.def(
       "softmax_residual",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
-         int dtype, Address labels, Address bias, double scale, double softcap, double label_smoothing,
-         double z_loss, Address row_max, Address row_sum, Address logp, Address loss,
+         int dtype, int out_dtype, Address labels, Address bias, double scale, double softcap,
+         double label_smoothing, double z_loss, Address row_max, Address row_sum, Address logp, Address loss,
          const cuda::RowPlan& plan, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         use_device(device);
         cuda::softmax_residual({pointer(logits), pointer(out), rows, cols, logits_stride, out_stride, 0,
-                                static_cast<DType>(dtype)},
+                                static_cast<DType>(dtype), static_cast<DType>(out_dtype)},
                                pointer<const int64_t>(labels), {pointer(bias), scale, softcap},
                                {label_smoothing, z_loss, cols}, pointer<float>(row_max),
                                pointer<float>(row_sum), pointer<float>(logp), pointer<float>(loss), plan,
                                stream_of(stream));
       },
-      "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "labels"_a,
-      "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a,
-      "loss"_a, "plan"_a, "device"_a, "stream"_a);
+      "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "out_dtype"_a,
+      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a,
+      "logp"_a, "loss"_a, "plan"_a, "device"_a, "stream"_a);
 
   module.def(
       "logits_stats",
@@ -142,21 +142,22 @@ void bind_rows(py::module_& module) {
   module.def(
       "residual_from_stats",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
-         int64_t col_offset, int64_t vocab_size, int dtype, Address labels, Address bias, double scale,
-         double softcap, double label_smoothing, double z_loss, Address row_max, Address row_sum,
-         Address logp, Address row_scale, int device, Address stream) {
+         int64_t col_offset, int64_t vocab_size, int dtype, int out_dtype, Address labels, Address bias,
+         double scale, double softcap, double label_smoothing, double z_loss, Address row_max,
+         Address row_sum, Address logp, Address row_scale, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         use_device(device);
         cuda::residual_from_stats({pointer(logits), pointer(out), rows, cols, logits_stride, out_stride,
-                                   col_offset, static_cast<DType>(dtype)},
+                                   col_offset, static_cast<DType>(dtype), static_cast<DType>(out_dtype)},
                                   pointer<const int64_t>(labels), {pointer(bias), scale, softcap},
                                   {label_smoothing, z_loss, vocab_size}, pointer<const float>(row_max),
                                   pointer<const float>(row_sum), pointer<const float>(logp),
                                   pointer<const float>(row_scale), stream_of(stream));
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "col_offset"_a,
-      "vocab_size"_a, "dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a,
-      "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "device"_a, "stream"_a);
+      "vocab_size"_a, "dtype"_a, "out_dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a,
+      "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "device"_a,
+      "stream"_a);
 }
 
 void bind_tokens(py::module_& module) {

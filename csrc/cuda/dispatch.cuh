@@ -27,6 +27,14 @@ void dispatch_dtype(DType dtype, Fn&& fn) {
   }
 }
 
+// Of the logits and of their residual, which may be narrower than f32 logits (check_block).
+template <class Fn>
+void dispatch_dtypes(const LogitsBlock& block, Fn&& fn) {
+  if (block.out_dtype == block.dtype) return dispatch_dtype(block.dtype, [&](auto zero) { fn(zero, zero); });
+  if (block.out_dtype == DType::bf16) return fn(float{}, __nv_bfloat16{});
+  fn(float{}, __half{});
+}
+
 template <class Fn>
 void dispatch_head(HeadMode mode, Fn&& fn) {
   switch (mode) {
@@ -48,6 +56,15 @@ inline void check_block(const char* kernel, const LogitsBlock& block, bool write
   if (block.rows < 0) fail("rows must be non-negative", block.rows);
   if (block.cols < 1 || block.cols > kMaxCols) fail("cols must lie in [1, 2^31 - 2^20]", block.cols);
   if (block.in_stride < block.cols) fail("in_stride must be at least cols", block.in_stride);
+  const bool is_narrower =
+      block.dtype == DType::f32 && (block.out_dtype == DType::bf16 || block.out_dtype == DType::f16);
+  if (writes && block.out_dtype != block.dtype && !is_narrower) {
+    fail("out_dtype must be that of the logits, or bf16 or f16 where these are f32",
+         static_cast<int64_t>(block.out_dtype));
+  }
+  if (writes && block.out_dtype != block.dtype && block.rows > 0 && block.in == block.out) {
+    fail("out must not be logits of another dtype, rows", block.rows);
+  }
   if (writes && block.out_stride < block.cols) fail("out_stride must be at least cols", block.out_stride);
   if (block.rows > 0 && block.in == nullptr) fail("logits must not be null with rows", block.rows);
   if (writes && block.rows > 0 && block.out == nullptr) fail("out must not be null with rows", block.rows);

@@ -58,6 +58,20 @@ __device__ inline void store_16(uint4* address, uint4 v, bool streaming) {
 #endif
 }
 
+// As store_16 with 8 bytes.
+__device__ inline void store_8(uint2* address, uint2 v, bool streaming) {
+#ifdef SF_CUDA_EMULATOR
+  static_cast<void>(streaming);
+  *address = v;
+#else
+  if (streaming) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" : : "l"(address), "r"(v.x), "r"(v.y) : "memory");
+  } else {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(address), "r"(v.x), "r"(v.y) : "memory");
+  }
+#endif
+}
+
 // Makes the compiler forget what it knows about a vector: what was unpacked from it before is not kept in
 // registers across this point, but unpacked again.
 __device__ inline void forget(uint4& v) {

@@ -17,7 +17,8 @@ namespace slime_fused::cuda {
 // Columns that one row may have: row-local indices are 32-bit, with room for one grid stride beyond the end.
 inline constexpr int64_t kMaxCols = (int64_t{1} << 31) - (int64_t{1} << 20);
 
-// block.out = d(token loss)/d(raw logits); row_max, row_sum, logp [M]; loss [M] or null. labels [M].
+// block.out = d(token loss)/d(raw logits), in the dtype of the logits or 16 bits for f32 ones (then with a
+// plan of stage `shared`); row_max, row_sum, logp [M]; loss [M] or null. labels [M].
 void softmax_residual(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
                       const TokenLoss& token_loss, float* row_max, float* row_sum, float* logp, float* loss,
                       const RowPlan& plan, cudaStream_t stream);

@@ -7,7 +7,7 @@
 //
 // | tensor                          | shape  | dtype          | logits_stats          | residual_from_stats |
 // | raw logits                      | (M, V) | f32, bf16, f16 | read                  | read                |
-// | d_raw                           | (M, V) | same           | -                     | written, may alias  |
+// | d_raw                           | (M, V) | same, or 16-bit | -                    | written, may alias  |
 // | labels                          | (M,)   | int64          | read                  | read                |
 // | row_max, row_sum                | (M,)   | f32            | written, or merged in | read                |
 // | label_logit                     | (M,)   | f32            | written, or merged in | -                   |
@@ -107,10 +107,10 @@ __global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const St
   }
 }
 
-template <class T>
+template <class T, class O>
 struct FromStatsArgs {
   const T* in;             // [M, V] pitch in_stride
-  T* out;                  // [M, V] pitch out_stride
+  O* out;                  // [M, V] pitch out_stride
   const int64_t* labels;   // [M]
   const float* row_max;    // [M]
   const float* row_sum;    // [M]
@@ -133,15 +133,18 @@ __device__ bool owns_element(const RowSpan& span, int v, int t) {
 
 // Block (x, y): columns [x * C, (x + 1) * C) with C = kResidualThreads * kResidualVectors * E,
 // rows y, y + Y, ...
-template <class T, HeadMode kHead>
-__global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kernel(const FromStatsArgs<T> a) {
+// O: the residual's type, T or 16 bits for T = float.
+template <class T, HeadMode kHead, class O>
+__global__ void __launch_bounds__(kResidualThreads, 4)
+    residual_from_stats_kernel(const FromStatsArgs<T, O> a) {
   constexpr int E = kVecElems<T>;
+  using Out = Outgoing<T, O>;
   constexpr int kGroup = kHead == HeadMode::identity ? kLoadGroup : kLoadGroup / 2;  // within 64 registers
   const int t = static_cast<int>(blockIdx.x * kResidualThreads * kResidualVectors + threadIdx.x);
 
   for (int64_t row = blockIdx.y; row < a.rows; row += gridDim.y) {
     const int64_t label64 = a.labels[row];
-    T* const out = a.out + row * a.out_stride;
+    O* const out = a.out + row * a.out_stride;
     if (label64 >= a.vocab) {
       if (t == 0) report_bad_label(label64, row, a.vocab);
       return;
@@ -175,8 +178,8 @@ __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kerne
     const float label_logit = is_owner ? logit<kHead>(in, static_cast<int>(label_here), a.head) : 0.f;
 
     const auto* const vectors = reinterpret_cast<const uint4*>(in + span.head);
-    T* const out_vectors = out + span.head;
-    const bool aligned = is_aligned_16(out_vectors);
+    O* const out_vectors = out + span.head;
+    const bool aligned = Out::is_aligned(out_vectors);
     for (int k = 0; k < kResidualVectors; k += kGroup) {
       uint4 loaded[kGroup];
 #pragma unroll
@@ -192,22 +195,22 @@ __global__ void __launch_bounds__(kResidualThreads, 4) residual_from_stats_kerne
         logits_of<kHead>(loaded[j], span.head + i * E, a.head, x);
 #pragma unroll
         for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
-        const uint4 packed = VecCodec<T>::pack(x);
+        const auto packed = Out::pack(x);
         if (aligned) {
-          store_16(reinterpret_cast<uint4*>(out_vectors) + i, packed, false);
+          Out::store(reinterpret_cast<typename Out::Packed*>(out_vectors) + i, packed, false);
         } else {
-          store_elements(out_vectors + static_cast<int64_t>(i) * E, packed);
+          Out::store_elements(out_vectors + static_cast<int64_t>(i) * E, packed);
         }
       }
     }
     const int edge = span.edge_of<E>(t);
-    if (edge >= 0) out[edge] = from_float<T>(residual(logit<kHead>(in, edge, a.head)));
+    if (edge >= 0) out[edge] = from_float<O>(residual(logit<kHead>(in, edge, a.head)));
 
     // The label's entry, by the thread that wrote its neighbours: program order makes it the last write.
     if (is_owner) {
       const float p = exp2_approx(logp * kLog2e);
       const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - smoothing);
-      out[label_here] = from_float<T>(d_logit * scale * cap_derivative<kHead>(label_logit, a.head));
+      out[label_here] = from_float<O>(d_logit * scale * cap_derivative<kHead>(label_logit, a.head));
     }
   }
 }
@@ -265,29 +268,30 @@ void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const 
                                 std::to_string(token_loss.vocab));
   }
   if (block.rows == 0) return;
-  dispatch_dtype(block.dtype, [&](auto zero) {
+  dispatch_dtypes(block, [&](auto zero, auto out_zero) {
     using T = decltype(zero);
-    const FromStatsArgs<T> args{static_cast<const T*>(block.in),
-                                static_cast<T*>(block.out),
-                                labels,
-                                row_max,
-                                row_sum,
-                                logp,
-                                row_scale,
-                                block.rows,
-                                block.in_stride,
-                                block.out_stride,
-                                block.col_offset,
-                                token_loss.vocab,
-                                static_cast<int>(block.cols),
-                                head_args<T>(head),
-                                static_cast<float>(token_loss.label_smoothing),
-                                static_cast<float>(token_loss.z_loss)};
+    using O = decltype(out_zero);
+    const FromStatsArgs<T, O> args{static_cast<const T*>(block.in),
+                                   static_cast<O*>(block.out),
+                                   labels,
+                                   row_max,
+                                   row_sum,
+                                   logp,
+                                   row_scale,
+                                   block.rows,
+                                   block.in_stride,
+                                   block.out_stride,
+                                   block.col_offset,
+                                   token_loss.vocab,
+                                   static_cast<int>(block.cols),
+                                   head_args<T>(head),
+                                   static_cast<float>(token_loss.label_smoothing),
+                                   static_cast<float>(token_loss.z_loss)};
     constexpr int64_t kBlockCols = int64_t{kResidualThreads} * kResidualVectors * kVecElems<T>;
     const dim3 grid(static_cast<unsigned>((block.cols + kBlockCols - 1) / kBlockCols),
                     static_cast<unsigned>(std::min<int64_t>(block.rows, kMaxGridRows)));
     dispatch_head(head_mode(head), [&](auto tag) {
-      const auto kernel = &residual_from_stats_kernel<T, decltype(tag)::value>;
+      const auto kernel = &residual_from_stats_kernel<T, decltype(tag)::value, O>;
       SF_LAUNCH(kernel, grid, dim3(kResidualThreads), 0, stream, args);
     });
   });

@@ -7,11 +7,12 @@
 //
 // | tensor                       | shape  | dtype          | access                                      |
 // | raw logits                   | (M, V) | f32, bf16, f16 | read once from device memory                |
-// | d_raw                        | (M, V) | same           | written once; may be the logits             |
+// | d_raw                        | (M, V) | same, or 16-bit | written once; may be the logits            |
 // | labels                       | (M,)   | int64          | read; negative: an ignored row              |
 // | bias                         | (V,)   | same, or null  | read                                        |
 // | row_max, row_sum, logp, loss | (M,)   | f32            | written; row_sum = sum_v exp(z_v - row_max) |
 //
+// f32 logits may have a bf16 or f16 residual, which then lies elsewhere.
 // Bytes moved: M V (read + write) elements; 2 exponentials per element.
 // A cluster of `plan.cluster` blocks owns a row (row_slice.cuh). Its 16-byte vectors stay in shared memory or
 // in registers until the row's (max, sum) is known, so the second visit costs no device memory traffic;
@@ -43,10 +44,10 @@
 namespace slime_fused::cuda {
 namespace {
 
-template <class T>
+template <class T, class O>
 struct ResidualArgs {
   const T* in;            // [M, V] pitch in_stride
-  T* out;                 // [M, V] pitch out_stride
+  O* out;                 // [M, V] pitch out_stride
   const int64_t* labels;  // [M]
   float* row_max;         // [M]
   float* row_sum;         // [M]
@@ -70,10 +71,12 @@ inline constexpr int kMaxThreads = kRegisters ? kMaxRegisterThreads : kMaxShared
 template <bool kRegisters>
 inline constexpr int kMinBlocks = 1024 / kMaxThreads<kRegisters>;
 
-template <class T, HeadMode kHead, bool kRegisters>
+// O: the residual's type, T or 16 bits for T = float.
+template <class T, HeadMode kHead, bool kRegisters, class O = T>
 __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters>)
-    softmax_residual_kernel(const ResidualArgs<T> a) {
+    softmax_residual_kernel(const ResidualArgs<T, O> a) {
   constexpr int E = kVecElems<T>;
+  using Out = Outgoing<T, O>;
   constexpr bool kLogitSum = kHead != HeadMode::identity;
   constexpr int kRegisterTiles = kRegisterVectors / kTile;
   SF_DYNAMIC_SMEM(unsigned char, smem);
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
   const int64_t row = a.first_row + cluster_index;
   const int64_t label64 = a.labels[row];
   const T* const in = a.in + row * a.in_stride;
-  T* const out = a.out + row * a.out_stride;
+  O* const out = a.out + row * a.out_stride;
   const Slice slice = Slice::of(in, a.cols, rank, a.block_vectors);
   const auto* const vectors = reinterpret_cast<const uint4*>(in + slice.span.head) + slice.begin;
 
@@ -232,15 +235,15 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
   }
 
   // Second visit: the residual, element for element where the logits were.
-  T* const out_vectors = out + column_of(0);
+  O* const out_vectors = out + column_of(0);
   const auto residual_of = [&](const uint4& packed, int i) {
     float x[E];
     logits_of<kHead>(packed, column_of(i), a.head, x);
 #pragma unroll
     for (int e = 0; e < E; ++e) x[e] = residual(x[e]);
-    return VecCodec<T>::pack(x);
+    return Out::pack(x);
   };
-  auto* const targets = reinterpret_cast<uint4*>(out_vectors);
+  auto* const targets = reinterpret_cast<typename Out::Packed*>(out_vectors);
   const auto write_tile = [&](int i, int end, const uint4* source, const auto& load) {
     if (kHead == HeadMode::identity && is_full(i, end)) {
       uint4 tile[kTile];
@@ -248,16 +251,16 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
       for (int j = 0; j < kTile; ++j) tile[j] = load(source + i + 32 * j);
 #pragma unroll
       for (int j = 0; j < kTile; ++j) {
-        store_16(targets + i + 32 * j, residual_of(tile[j], i + 32 * j), a.streaming);
+        Out::store(targets + i + 32 * j, residual_of(tile[j], i + 32 * j), a.streaming);
       }
     } else {
 #pragma unroll 1
       for (int v = i; v < end && v < i + kTileVectors; v += 32) {
-        store_16(targets + v, residual_of(load(source + v), v), a.streaming);
+        Out::store(targets + v, residual_of(load(source + v), v), a.streaming);
       }
     }
   };
-  if (!is_aligned_16(out_vectors)) {
+  if (!Out::is_aligned(out_vectors)) {
     // The output is aligned otherwise, so it is not the input, which can be read again.
 #pragma unroll 1
     for (int from = 0; from < slice.count; from = from < staged ? staged : slice.count) {
@@ -266,7 +269,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
       for (int i = from + first; i < end; i += step) {
 #pragma unroll 1
         for (int v = i; v < end && v < i + kTileVectors; v += 32) {
-          store_elements(out_vectors + static_cast<int64_t>(v) * E, residual_of(load_once(vectors + v), v));
+          Out::store_elements(out_vectors + static_cast<int64_t>(v) * E,
+                              residual_of(load_once(vectors + v), v));
         }
       }
     }
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
       for (int j = 0; j < kTile; ++j) {
         const int i = first + m * step + 32 * j;
         forget(registers[m][j]);
-        if (i < staged) store_16(targets + i, residual_of(registers[m][j], i), a.streaming);
+        if (i < staged) Out::store(targets + i, residual_of(registers[m][j], i), a.streaming);
       }
     }
   } else {
@@ -288,18 +292,18 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
       write_tile(i, slice.count, vectors, from_memory);
     }
   }
-  if (edge >= 0) out[edge] = from_float<T>(residual(edge_logit));
+  if (edge >= 0) out[edge] = from_float<O>(residual(edge_logit));
 
   // The label's entry, by the thread that wrote its neighbours: program order makes it the last write.
-  if (owns_label) out[label] = from_float<T>(label_value);
+  if (owns_label) out[label] = from_float<O>(label_value);
 }
 
 // So many that the multiplication by 2^32 / cluster is still a division.
 constexpr int64_t kMostBlocks = int64_t{1} << 28;
 
 // One cluster per row; rows beyond the largest grid go to further launches.
-template <class T, HeadMode kHead, bool kRegisters>
-void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_t stream) {
+template <class T, HeadMode kHead, bool kRegisters, class O>
+void launch(ResidualArgs<T, O> args, int64_t rows, const RowPlan& plan, cudaStream_t stream) {
   const int64_t limit = plan.max_blocks > 0 ? std::min(plan.max_blocks, kMostBlocks) : kMostBlocks;
   const int64_t rows_per_launch = std::max<int64_t>(1, limit / plan.cluster);
   LaunchShape shape;
@@ -309,7 +313,7 @@ void launch(ResidualArgs<T> args, int64_t rows, const RowPlan& plan, cudaStream_
   for (int64_t first = 0; first < rows; first += rows_per_launch) {
     args.first_row = first;
     shape.blocks = std::min(rows - first, rows_per_launch) * plan.cluster;
-    launch_clustered(softmax_residual_kernel<T, kHead, kRegisters>, shape, stream, args);
+    launch_clustered(softmax_residual_kernel<T, kHead, kRegisters, O>, shape, stream, args);
     check_launch("softmax_residual", rows, args.cols);
   }
 }
@@ -343,11 +347,15 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
   // Label smoothing needs the sum of the logits, which the identity head does not keep.
   HeadMode mode = head_mode(head);
   if (mode == HeadMode::identity && token_loss.label_smoothing != 0.0) mode = HeadMode::affine;
-  dispatch_dtype(block.dtype, [&](auto zero) {
+  if (in_registers && block.out_dtype != block.dtype) {
+    throw std::invalid_argument("row plan: stage registers takes a residual of the dtype of the logits");
+  }
+  dispatch_dtypes(block, [&](auto zero, auto out_zero) {
     using T = decltype(zero);
-    const ResidualArgs<T> args{
+    using O = decltype(out_zero);
+    const ResidualArgs<T, O> args{
         static_cast<const T*>(block.in),
-        static_cast<T*>(block.out),
+        static_cast<O*>(block.out),
         labels,
         row_max,
         row_sum,
@@ -368,7 +376,7 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
         static_cast<float>(token_loss.label_smoothing) / static_cast<float>(block.cols)};
     dispatch_head(mode, [&](auto tag) {
       constexpr HeadMode kHead = decltype(tag)::value;
-      if constexpr (kHead == HeadMode::identity) {
+      if constexpr (kHead == HeadMode::identity && std::is_same_v<T, O>) {
         if (in_registers) return launch<T, kHead, true>(args, block.rows, plan, stream);
       }
       launch<T, kHead, false>(args, block.rows, plan, stream);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "intrinsics.cuh"
 
@@ -181,18 +182,48 @@ __device__ inline void zero_row(T* row, int cols, int t, int threads) {
   if (edge >= 0) row[edge] = from_float<T>(0.f);
 }
 
-// Writes the E elements of a vector one by one, where the address allows no more.
-template <class T>
-__device__ inline void store_elements(T* address, const uint4& packed) {
-  constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    T elems[kPerWord];
-    memcpy(elems, &words[w], 4);
-#pragma unroll
-    for (int e = 0; e < kPerWord; ++e) address[w * kPerWord + e] = elems[e];
+// As many elements of type O as a vector of T has, on their way to memory: 16 bytes, or 8 where O is half as
+// wide.
+template <class T, class O>
+struct Outgoing {
+  static constexpr int kElems = kVecElems<T>;
+  static constexpr int kBytes = kElems * static_cast<int>(sizeof(O));
+  static_assert(kBytes == 16 || kBytes == 8);
+  using Packed = std::conditional_t<kBytes == 16, uint4, uint2>;
+
+  __device__ static Packed pack(const float (&x)[kElems]) {
+    if constexpr (kBytes == 16) {
+      return VecCodec<O>::pack(x);
+    } else {
+      return make_uint2(WordCodec<O>::pack(x), WordCodec<O>::pack(x + 2));
+    }
   }
-}
+
+  __device__ static bool is_aligned(const O* p) {
+    return (reinterpret_cast<uintptr_t>(p) & (kBytes - 1)) == 0;
+  }
+
+  __device__ static void store(Packed* address, const Packed& packed, bool streaming) {
+    if constexpr (kBytes == 16) {
+      store_16(address, packed, streaming);
+    } else {
+      store_8(address, packed, streaming);
+    }
+  }
+
+  // One by one, where the address allows no more.
+  __device__ static void store_elements(O* address, const Packed& packed) {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(O));
+    uint32_t words[kBytes / 4];
+    memcpy(words, &packed, kBytes);
+#pragma unroll
+    for (int w = 0; w < kBytes / 4; ++w) {
+      O elems[kPerWord];
+      memcpy(elems, &words[w], 4);
+#pragma unroll
+      for (int e = 0; e < kPerWord; ++e) address[w * kPerWord + e] = elems[e];
+    }
+  }
+};
 
 }  // namespace slime_fused::cuda

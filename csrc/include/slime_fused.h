@@ -15,16 +15,18 @@ namespace slime_fused {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 // A block of logits. Columns are contiguous; rows are `stride` elements apart (stride >= cols).
-// `out` may equal `in` (the residual is then written over the logits); otherwise they must not overlap.
+// `out` may equal `in` (the residual is then written over the logits); otherwise they must not overlap. Its
+// dtype is that of `in`, or bf16 or f16 where `in` is f32.
 struct LogitsBlock {
   const void* in = nullptr;  // [M, V] dtype, logits before bias, scale and soft cap
-  void* out = nullptr;       // [M, V] dtype, or null where nothing is written
+  void* out = nullptr;       // [M, V] out_dtype, or null where nothing is written
   int64_t rows = 0;          // M
   int64_t cols = 0;          // V, the columns of this block
   int64_t in_stride = 0;     // elements between two rows of `in`
   int64_t out_stride = 0;    // elements between two rows of `out`
   int64_t col_offset = 0;    // vocabulary index of column 0 (non-zero for a shard of the vocabulary)
   DType dtype = DType::f32;
+  DType out_dtype = DType::f32;
 };
 
 // What turns a raw product h W^T into the logit z of the softmax:

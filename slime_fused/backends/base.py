@@ -76,6 +76,7 @@ class Backend(Protocol):
       and its ``row_max``, ``logp`` and ``loss`` are 0, its ``row_sum`` 1. A label at or above the vocabulary's
       size is an error: a ValueError on the CPU, a device assertion on a GPU.
     * ``bias``: (V,) in the dtype of the logits, or None.
+    * ``out`` of a residual: the dtype of the logits, or bfloat16 or float16 where these are float32.
     * The same inputs give the same bits, whatever the number of threads or blocks.
     * ``M == 0``, ``S == 0`` and empty segments are legal and write nothing or zeros.
     """
@@ -102,7 +103,7 @@ class Backend(Protocol):
         logp: Tensor,
         loss: Tensor | None,
     ) -> None:
-        """Write d(token loss)/d(raw logits) to ``out`` (M, V), which may be ``logits`` itself.
+        """Write d(token loss)/d(raw logits) to ``out`` (M, V), which may be ``logits`` itself; rounded once.
 
         Also writes ``row_max`` (M,) = max_v z_v, ``row_sum`` (M,) = sum_v exp(z_v - row_max), ``logp`` (M,) =
         (z_label - row_max) - log row_sum and, where asked for, ``loss`` (M,), all in acc dtype. The log-sum-exp
@@ -206,10 +207,11 @@ class LinearStatsBackend(Protocol):
         row_sum: Tensor,
         label_logit: Tensor,
         logit_sum: Tensor | None,
+        logits_dtype: torch.dtype | None = None,
     ) -> None:
         """As `Backend.logits_stats` of ``hidden`` (M, D) @ ``weight`` (V, D)^T, for whole rows (no ``merge``).
 
         ``hidden`` and ``weight`` share a dtype and have contiguous columns. Products are accumulated in acc dtype
-        and rounded once to that dtype, as those that are stored: the statistics belong to the logits that backward
-        forms again.
+        and rounded once to ``logits_dtype`` (None: theirs; or float32), as those that are stored: the statistics
+        belong to the logits that backward forms again. ``bias`` has that dtype too.
         """

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import HeadTransform, SlimeWeights, TokenLoss, acc_dtype
-from .native import _C, DTYPE_CODES, IMPORT_ERROR, matrix, segments_of, vector
+from .native import _C, DTYPE_CODES, IMPORT_ERROR, matrix, residual_matrix, segments_of, vector
 
 
 def _native() -> Any:
@@ -67,8 +67,9 @@ class CpuBackend:
             rows=rows,
             cols=cols,
             logits_stride=matrix("logits", logits),
-            out_stride=matrix("out", out, logits.dtype, logits.shape),
+            out_stride=residual_matrix(out, logits),
             dtype=DTYPE_CODES[logits.dtype],
+            out_dtype=DTYPE_CODES[out.dtype],
             labels=vector("labels", labels, rows, torch.int64),
             bias=vector("bias", bias, cols, logits.dtype),
             scale=head.scale,
@@ -143,10 +144,11 @@ class CpuBackend:
             rows=rows,
             cols=cols,
             logits_stride=matrix("logits", logits),
-            out_stride=matrix("out", out, logits.dtype, logits.shape),
+            out_stride=residual_matrix(out, logits),
             col_offset=col_offset,
             vocab_size=vocab_size,
             dtype=DTYPE_CODES[logits.dtype],
+            out_dtype=DTYPE_CODES[out.dtype],
             labels=vector("labels", labels, rows, torch.int64),
             bias=vector("bias", bias, cols, logits.dtype),
             scale=head.scale,

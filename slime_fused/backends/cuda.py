@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .base import HeadTransform, SlimeWeights, TokenLoss
-from .native import _C, matrix, segments_of, vector
+from .native import _C, matrix, residual_matrix, segments_of, vector
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # slime_fused::DType
 
@@ -117,8 +117,9 @@ class CudaBackend:
                 rows=rows,
                 cols=cols,
                 logits_stride=matrix("logits", logits),
-                out_stride=matrix("out", out, logits.dtype, logits.shape),
+                out_stride=residual_matrix(out, logits),
                 dtype=_DTYPE_CODES[logits.dtype],
+                out_dtype=_DTYPE_CODES[out.dtype],
                 labels=vector("labels", labels, rows, torch.int64),
                 bias=vector("bias", bias, cols, logits.dtype),
                 scale=head.scale,
@@ -202,10 +203,11 @@ class CudaBackend:
                 rows=rows,
                 cols=cols,
                 logits_stride=matrix("logits", logits),
-                out_stride=matrix("out", out, logits.dtype, logits.shape),
+                out_stride=residual_matrix(out, logits),
                 col_offset=col_offset,
                 vocab_size=vocab_size,
                 dtype=_DTYPE_CODES[logits.dtype],
+                out_dtype=_DTYPE_CODES[out.dtype],
                 labels=vector("labels", labels, rows, torch.int64),
                 bias=vector("bias", bias, cols, logits.dtype),
                 scale=head.scale,

@@ -33,6 +33,12 @@ def matrix(name: str, tensor: Tensor, dtype: torch.dtype | None = None, shape: t
     return tensor.stride(0) if rows > 1 else cols
 
 
+def residual_matrix(out: Tensor, logits: Tensor) -> int:
+    """As `matrix`, for the residual of ``logits``: of their dtype, or of 16 bits where they are float32."""
+    is_narrower = logits.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+    return matrix("out", out, out.dtype if is_narrower else logits.dtype, logits.shape)
+
+
 def vector(name: str, tensor: Tensor | None, size: int, dtype: torch.dtype) -> int:
     """Check a contiguous (size,) tensor and return its address; 0 for None."""
     if tensor is None:

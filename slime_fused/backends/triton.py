@@ -262,6 +262,7 @@ class TritonBackend:
         row_sum: Tensor,  # [M]
         label_logit: Tensor,  # [M]
         logit_sum: Tensor | None,  # [M]
+        logits_dtype: torch.dtype | None = None,
     ) -> None:
         """See `base.LinearStatsBackend.linear_stats`."""
         if hidden.shape[0] == 0:
@@ -286,6 +287,7 @@ class TritonBackend:
                 softcap=head.softcap,
                 col_offset=col_offset,
                 config=config,
+                rounds_product=logits_dtype in (None, hidden.dtype),
             )
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

@@ -29,12 +29,13 @@ def logits_buffer(dtype, rows, cols, seed):
     return (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == 1 else values.astype(ITEM_TYPES[dtype])
 
 
-def row_kernels(dtype, cols, softcap, threads, short_out=0):
+def row_kernels(dtype, cols, softcap, threads, short_out=0, out_dtype=None):
     """All three logits kernels on one block, plain or with bias, cap, smoothing and z-loss."""
+    out_dtype = dtype if out_dtype is None else out_dtype
     acc = np.float64 if dtype == 3 else np.float32
     logits = logits_buffer(dtype, ROWS, cols, cols)
     bias = logits_buffer(dtype, 1, max(cols, 1024), 1)[0, -cols:].copy() if softcap else None
-    out = np.empty((ROWS - short_out) * cols, dtype=logits.dtype)
+    out = np.empty((ROWS - short_out) * cols, dtype=ITEM_TYPES[out_dtype])
     labels = np.random.default_rng(2).integers(-1, cols, ROWS)
     logp, loss, row_max, row_sum, label_logit, logit_sum = (np.ones(ROWS, dtype=acc) for _ in range(6))
     head = {"labels": address(labels), "bias": address(bias), "scale": 1.5 if softcap else 1.0, "softcap": softcap}
@@ -43,7 +44,7 @@ def row_kernels(dtype, cols, softcap, threads, short_out=0):
         "logits": address(logits), "rows": ROWS, "cols": cols, "logits_stride": cols, "dtype": dtype, **head,
         "num_threads": threads,
     }  # fmt: skip
-    written = {"out": address(out), "out_stride": cols, **token_loss}
+    written = {"out": address(out), "out_stride": cols, "out_dtype": out_dtype, **token_loss}
     stats = {"row_max": address(row_max), "row_sum": address(row_sum), "logp": address(logp)}
     _C.cpu.softmax_residual(**block, **written, **stats, loss=address(loss))
     for merge in (False, True):
@@ -101,6 +102,8 @@ def clean():
         for dtype in ITEM_TYPES:
             for cols, softcap in ((5, 0.0), (131, 8.0), (1003, 0.0)):
                 row_kernels(dtype, cols, softcap, threads=3)
+                if dtype in (1, 2):
+                    row_kernels(0, cols, softcap, threads=3, out_dtype=dtype)
         segment_kernels(np.float32, 0, threads=3)
         segment_kernels(np.float64, 3, threads=3)
 
