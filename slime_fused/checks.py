@@ -183,9 +183,11 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _require_dtype(name: str, value: Tensor, hidden: Tensor) -> None:
     if value.dtype != hidden.dtype:
+        # Autocast leaves float64 alone.
+        can_autocast = torch.float64 not in (value.dtype, hidden.dtype)
         raise ValueError(
             f"{name}: expected the dtype of hidden ({hidden.dtype}), got {value.dtype}; "
-            "cast one of them, or run under torch.autocast"
+            f"cast one of them{', or run under torch.autocast' if can_autocast else ''}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The chunk engine: forms logits and residuals in one reused buffer and gathers the gradients.
+"""The chunk engine: forms logits and residuals in one reused buffer, and the rows of dX.
 
 It serves all losses, and makes every allocation that grows with rows or vocabulary. With a chunk's residual
 R = d(token loss)/d(logits), written over its logits (beside them where they are float32 and it is not), and the
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from slime_fused import buffers, products
-from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss
 from slime_fused.distributed import VocabShard
-from slime_fused.gradients import GradientDtypes, Gradients, float16_scale
+from slime_fused.gradients import GradientDtypes, float16_gain
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.problem import padded_cols
@@ -126,28 +126,32 @@ class _LogitsBlock:
     targets: Tensor
 
 
-class ChunkEngine:
-    """Forms logits and residuals chunk by chunk in one reused buffer, and gathers the gradients."""
+@dataclass(frozen=True)
+class Residual:
+    """d(token loss)/d(raw logits) of a chunk's rows, each times a power of two where float16 needs that."""
 
-    def __init__(
-        self, head: Head, layout: TokenLayout, plan: Plan, *, hidden_grad_dtype: torch.dtype | None = None
-    ) -> None:
-        """``hidden_grad_dtype``: of ``d_hidden``, where it is no finished gradient."""
+    values: Tensor
+    """(M, V)"""
+    gain: Tensor | None
+    """(M,) acc dtype; None is 1."""
+
+    def taken_out_of(self, coefficient: Tensor | None) -> Tensor | None:
+        """What (M,) coefficients (None: ones) of true residuals are for these values."""
+        if self.gain is None:
+            return coefficient
+        return self.gain.reciprocal() if coefficient is None else coefficient / self.gain
+
+
+class ChunkEngine:
+    """Forms logits and residuals chunk by chunk in one reused buffer."""
+
+    def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
         self.head = head
         self.layout = layout
         self.plan = plan
         self.targets = layout.row_targets()
         self._buffer: Tensor | None = None
         self._wide_buffer: Tensor | None = None
-        p, hidden = plan.problem, head.hidden
-        self.d_hidden: Tensor | None = None
-        self.d_weight: Tensor | None = None
-        self.d_bias: Tensor | None = None
-        self._weight_scale: Tensor | None = None
-        if p.want_hidden:
-            # Rows that no chunk visits keep their zeros.
-            new = hidden.new_empty if layout.rows is None else hidden.new_zeros
-            self.d_hidden = new(hidden.shape, dtype=hidden_grad_dtype or head.waiting_dtypes.hidden)
 
     def release_buffer(self) -> None:
         """Give the buffers of logits and residual back."""
@@ -158,13 +162,14 @@ class ChunkEngine:
         for block in self._blocks(rows):
             out.span(block.begin, block.end).copy_(self._stats_of(block))
 
-    def residual(self, rows: RowSet, out: TokenStats) -> Tensor:
-        """(M, V) residual of a chunk, until the next one; its (M,) statistics go to ``out``."""
-        head, residual = self.head, self._residual_buffer(rows.count)
+    def residual(self, rows: RowSet, out: TokenStats) -> Residual:
+        """Residual of a chunk, until the next one; its (M,) statistics go to ``out``."""
+        head, values = self.head, self._residual_buffer(rows.count)
+        # One visit cannot see a row that others share, nor size a gain by it: the statistics come first.
+        needs_stats = head.shard is not None or head.weight.dtype == torch.float16
         for block in self._blocks(rows):
-            stats, target = out.span(block.begin, block.end), residual[block.begin : block.end]
-            if head.shard is not None:
-                # One visit cannot see the row: the others' statistics come first.
+            stats, target = out.span(block.begin, block.end), values[block.begin : block.end]
+            if needs_stats:
                 stats.copy_(self._stats_of(block))
                 self._write_residual(block, target, stats)
                 continue
@@ -180,15 +185,20 @@ class ChunkEngine:
                 logp=stats.logp,
                 loss=stats.loss,
             )
-        return residual
+        return Residual(values, self._gain(out))
 
-    def residual_again(self, rows: RowSet, known: TokenStats) -> Tensor:
+    def residual_again(self, rows: RowSet, known: TokenStats) -> Residual:
         """As `residual`, where the (M,) statistics are known from an earlier pass."""
-        residual = self._residual_buffer(rows.count)
+        values = self._residual_buffer(rows.count)
         for block in self._blocks(rows):
             span = block.begin, block.end
-            self._write_residual(block, residual[slice(*span)], known.span(*span))
-        return residual
+            self._write_residual(block, values[slice(*span)], known.span(*span))
+        return Residual(values, self._gain(known))
+
+    def _gain(self, stats: TokenStats) -> Tensor | None:
+        if self.head.weight.dtype != torch.float16:
+            return None
+        return float16_gain(stats.row_max, stats.row_sum, stats.logp, self.head.transform, self.head.token_loss)
 
     def _blocks(self, rows: RowSet) -> Iterator[_LogitsBlock]:
         """The raw logits of a chunk: all of them where the residual will lie, or by blocks of wide ones."""
@@ -250,71 +260,26 @@ class ChunkEngine:
             row_max=stats.row_max,
             row_sum=stats.row_sum,
             logp=stats.logp,
-            row_scale=None,
+            row_scale=self._gain(stats),
         )
 
-    def add_hidden_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor | None) -> None:
+    def new_hidden_grad(self, dtype: torch.dtype) -> Tensor | None:
+        """(N_all, D) for `add_hidden_grad`, zeros where no chunk comes by; None where none is wanted."""
+        if not self.plan.problem.want_hidden:
+            return None
+        hidden = self.head.hidden
+        return (hidden.new_empty if self.layout.rows is None else hidden.new_zeros)(hidden.shape, dtype=dtype)
+
+    def add_hidden_grad(
+        self, d_hidden: Tensor | None, rows: RowSet, residual: Residual, coefficient: Tensor | None
+    ) -> None:
         """Rows of dX = c * (R W); R W alone where c is not known yet."""
-        if self.d_hidden is None:
+        if d_hidden is None:
             return
-        value = products.residual_times_weight(residual, self.head.weight)
+        value = products.residual_times_weight(residual.values, self.head.weight)
         if self.head.shard is not None:
             value = self.head.shard.add_up(value)
-        rows.put(self.d_hidden, value, coefficient)
-
-    def add_head_grad(self, rows: RowSet, residual: Tensor, coefficient: Tensor) -> None:
-        """DW += R^T (c * X) and db += R^T c."""
-        p, weight = self.plan.problem, self.head.weight
-        if p.want_weight:
-            # Gathered again rather than kept beside R W: one (rows x hidden) array at a time.
-            hidden = rows.take(self.head.hidden)
-            scaled = products.scale_rows(hidden, self._lifted(hidden, coefficient), owns=rows.copies)
-            is_first = self.d_weight is None
-            if self.d_weight is None:
-                self.d_weight = self._new_weight_grad()
-            products.add_weight_grad(self.d_weight, residual, scaled, is_first=is_first)
-        if p.want_bias:
-            if self.d_bias is None:
-                self.d_bias = weight.new_zeros(weight.shape[0], dtype=acc_dtype(weight.dtype))
-            products.add_bias_grad(self.d_bias, residual, coefficient)
-
-    def _new_weight_grad(self) -> Tensor:
-        """(V, D) for dW: to be handed out, or scratch that is rounded to 16 bits in the end."""
-        weight = self.head.weight
-        if not self.plan.sums_weight_grad_in_float32:
-            return weight.new_empty(weight.shape)
-        if self.head.waiting_dtypes.weight == torch.float32:
-            return weight.new_empty(weight.shape, dtype=torch.float32)
-        return buffers.new_scratch(weight, weight.shape, torch.float32)
-
-    def _lifted(self, hidden: Tensor, coefficient: Tensor) -> Tensor:
-        """The (M,) coefficients as dW's product takes them: in float16, times a scale that keeps it in range."""
-        if hidden.dtype != torch.float16:
-            return coefficient
-        scale = float16_scale(hidden, coefficient)
-        if self._weight_scale is not None:
-            # What is summed already follows where this chunk needs a smaller one; a factor of 1 costs nothing.
-            scale = torch.minimum(scale, self._weight_scale)
-            assert self.d_weight is not None
-            self.head.backend.scale_(self.d_weight, scale / self._weight_scale)
-        self._weight_scale = scale
-        return coefficient * scale
-
-    def gradients(self) -> Gradients:
-        """The gradients, each in its waiting dtype; the engine starts afresh for another sum."""
-        p, weight, dtypes = self.plan.problem, self.head.weight, self.head.waiting_dtypes
-        d_weight, d_bias, scale = self.d_weight, self.d_bias, self._weight_scale
-        self.d_weight = self.d_bias = self._weight_scale = None
-        if p.want_weight and d_weight is None:
-            d_weight = weight.new_zeros(weight.shape, dtype=dtypes.weight)
-        if p.want_bias and d_bias is None:
-            d_bias = weight.new_zeros(weight.shape[0], dtype=dtypes.bias)
-        return Gradients(
-            self.d_hidden,
-            None if d_weight is None else d_weight.to(dtypes.weight),
-            None if d_bias is None else d_bias.to(dtypes.bias),
-            scale,
-        )
+        rows.put(d_hidden, value, residual.taken_out_of(coefficient))
 
 
 def join(pieces: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from slime_fused.backends.base import Backend, SlimeWeights
 from slime_fused.distributed import BatchShare, ContextShard
 from slime_fused.engine import ChunkEngine, Head, RowSet, join
 from slime_fused.gradients import Gradients
+from slime_fused.head_sum import HeadSum
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.stats import TokenStats
@@ -52,7 +53,8 @@ def _slime_stream(
     num_pairs = len(layout.lengths) // 2
     starts = cumulative(layout.lengths)
     bounds = layout.ints(_chunk_bounds(layout, plan))
-    engine = ChunkEngine(head, layout, plan)
+    engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
+    d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
     parts = []
     first = 0
     for chunk in plan.chunks:
@@ -71,10 +73,10 @@ def _slime_stream(
         parts.append(pairs)
         if d_logp is not None:
             coefficient = d_logp.neg_()
-            engine.add_hidden_grad(rows, residual, coefficient)
-            engine.add_head_grad(rows, residual, coefficient)
+            engine.add_hidden_grad(d_hidden, rows, residual, coefficient)
+            total.add(rows, residual, coefficient)
     engine.release_buffer()
-    return _join_pairs(parts), engine.gradients()
+    return _join_pairs(parts), total.gradients(d_hidden)
 
 
 def _slime_sweep(
@@ -113,15 +115,16 @@ def _cross_entropy_stream(
     head: Head, layout: TokenLayout, plan: Plan, coefficient: float
 ) -> tuple[Tensor, Gradients]:
     """Row blocks: the coefficient of every row is known beforehand."""
-    engine = ChunkEngine(head, layout, plan)
+    engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
+    d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
     stats = TokenStats.empty(layout.num_rows, head.hidden)
     for rows in row_sets(layout, plan):
         residual = engine.residual(rows, stats.span(*rows.span))
-        factors = stats.loss.new_full((residual.shape[0],), coefficient)
-        engine.add_hidden_grad(rows, residual, factors)
-        engine.add_head_grad(rows, residual, factors)
+        factors = stats.loss.new_full((rows.count,), coefficient)
+        engine.add_hidden_grad(d_hidden, rows, residual, factors)
+        total.add(rows, residual, factors)
     engine.release_buffer()
-    return stats.loss.sum(), engine.gradients()
+    return stats.loss.sum(), total.gradients(d_hidden)
 
 
 def slime_weights(lambdas: Sequence[float], reduction: str, share: BatchShare) -> SlimeWeights:

@@ -5,11 +5,13 @@ no fixed power of two can stand in for it: a mean's gradients lie near the subno
 loss scaler may follow either. So float16 gradients are summed and kept in float32 until backward, and rounded once,
 with their factor. Other dtypes have float32's range and wait in their own.
 
-Gradients of tensors that autocast has cast are formed in the tensors' own dtype, never in autocast's.
+Gradients of float32 tensors that autocast has cast wait in float32. What rounds them before is a product that gives
+16 bits (bfloat16's on the CPU), and R W where it waits for coefficients in bfloat16.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,10 +19,11 @@ import torch
 from torch import Tensor
 
 from slime_fused import products
-from slime_fused.backends.base import Backend, acc_dtype
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 
 _LARGEST_EXPONENT = 14
 """Scaled float16 operands are below 2^15: half of what float16 holds."""
+_MORE_FOR_CERTAIN_ROWS = 12
 _EXPONENT_RANGE = 100
 """Scales are within 2^-100 and 2^100, so that neither they nor their inverses leave float32."""
 
@@ -92,6 +95,27 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: Bac
     grad = grad.clone() if keeps else grad
     backend.scale_(grad, factor)
     return grad
+
+
+def float16_gain(
+    row_max: Tensor, row_sum: Tensor, logp: Tensor, head: HeadTransform, token_loss: TokenLoss
+) -> Tensor:
+    """(M,) powers of two that bring the residuals of rows, of which these are statistics, near 2^14 in float16.
+
+    A probability of 1e-8 is below float16's least number, though a loss scaler may lift its gradient to an ordinary
+    one; and a logit scale of 1e5 leaves float16 at the other end. No entry of a row's residual is above ::
+
+        |scale| ((1 - eps) (1 - p_label) + eps + 2 z_loss |lse|)
+
+    A row whose bound is small gets at most 2^12 more than others: its coefficient shrinks by as much, which meets
+    the hidden states in float16 too.
+    """
+    eps, lse = token_loss.label_smoothing, row_max + row_sum.log()
+    bound = ((1 - eps) * -torch.expm1(logp) + eps + 2 * token_loss.z_loss * lse.abs()) * abs(head.scale)
+    usual = _LARGEST_EXPONENT - math.frexp(abs(head.scale))[1]
+    exponent = (_LARGEST_EXPONENT - torch.frexp(bound).exponent).clamp_(max=usual + _MORE_FOR_CERTAIN_ROWS)
+    exponent.masked_fill_(bound == 0, usual + _MORE_FOR_CERTAIN_ROWS).clamp_(-_EXPONENT_RANGE, _EXPONENT_RANGE)
+    return torch.where(torch.isfinite(bound), torch.ldexp(torch.ones_like(bound), exponent), 1.0)
 
 
 def float16_scale(rows: Tensor, coefficient: Tensor) -> Tensor:

@@ -150,9 +150,8 @@ def check_label_range(targets: Tensor, ignored: Tensor, vocab_size: int | None) 
         position = tuple(int(i) for i in bad.nonzero()[0])
         value = int(targets[position])
         where = position[0] if len(position) == 1 else position
-        raise ValueError(
-            f"labels: expected ignore_index or a value in [0, {vocab_size}), got {value} at position {where}"
-        )
+        allowed = "of 0 or above" if vocab_size is None else f"in [0, {vocab_size})"
+        raise ValueError(f"labels: expected ignore_index or a value {allowed}, got {value} at position {where}")
 
 
 def _counts(has_target: Tensor, cu_seqlens: Tensor | None) -> list[int]:

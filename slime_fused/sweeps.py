@@ -21,8 +21,9 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.engine import ChunkEngine, Head, RowSet
+from slime_fused.engine import ChunkEngine, Head, Residual, RowSet
 from slime_fused.gradients import Gradients, waiting_dtype
+from slime_fused.head_sum import HeadSum
 from slime_fused.layout import TokenLayout
 from slime_fused.plan import Plan
 from slime_fused.stats import TokenStats, VocabStats
@@ -66,64 +67,61 @@ class RowSweep:
     """Row blocks: R W is formed in forward, and backward forms the logits again for dW and db alone."""
 
     def __init__(self, head: Head, layout: TokenLayout, plan: Plan) -> None:
+        self._head = head
         self._layout = layout
-        self._engine = ChunkEngine(head, layout, plan, hidden_grad_dtype=unscaled_dtype(head.weight.dtype))
+        self._plan = plan
         self._blocks = row_sets(layout, plan)
         self.stats = TokenStats.empty(layout.num_rows, head.hidden)
-
-    @property
-    def unscaled(self) -> Tensor | None:
-        """See `Sweep.unscaled`."""
-        return self._engine.d_hidden
-
-    @unscaled.setter
-    def unscaled(self, value: Tensor | None) -> None:
-        self._engine.d_hidden = value
+        self.unscaled: Tensor | None = None
 
     def forward(self) -> None:
-        """Statistics of all rows and, where dX is wanted, the rows of R W in its place."""
+        """Statistics of all rows and, where dX is wanted, the rows of R W."""
+        engine = ChunkEngine(self._head, self._layout, self._plan)
+        self.unscaled = engine.new_hidden_grad(unscaled_dtype(self._head.weight.dtype))
         for rows in self._blocks:
-            if self._engine.d_hidden is None:
-                self._engine.stats(rows, self.stats.span(*rows.span))
+            if self.unscaled is None:
+                engine.stats(rows, self.stats.span(*rows.span))
             else:
-                residual = self._engine.residual(rows, self.stats.span(*rows.span))
-                self._engine.add_hidden_grad(rows, residual, None)
-        self._engine.release_buffer()
+                residual = engine.residual(rows, self.stats.span(*rows.span))
+                engine.add_hidden_grad(self.unscaled, rows, residual, None)
 
     def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`. Without ``keeps`` the rows of R W become those of dX."""
-        engine, unscaled = self._engine, self._engine.d_hidden
-        if engine.plan.problem.want_hidden and unscaled is None:
+        problem, unscaled = self._plan.problem, self.unscaled
+        if problem.want_hidden and unscaled is None:
             raise RuntimeError(
                 "this loss handed its gradients out in the first backward(); call that with retain_graph=True "
                 "to go through the graph again"
             )
-        if engine.plan.problem.wants_head_gradient:
-            self._add_head_grads(coefficient)
-        if unscaled is not None:
-            engine.d_hidden = scale_rows(unscaled, coefficient, self._layout, owns=not keeps)
-        gradients = engine.gradients()
-        engine.d_hidden = unscaled if keeps else None
-        return gradients
+        total = HeadSum(self._head, self._plan)
+        if problem.wants_head_gradient:
+            self._add_head_grads(total, coefficient)
+        if unscaled is None:
+            return total.gradients(None)
+        if not keeps:
+            # Before the rows change: a pass that is broken off here can be no pass again.
+            self.unscaled = None
+        return total.gradients(scale_rows(unscaled, coefficient, self._layout, owns=not keeps))
 
-    def _add_head_grads(self, coefficient: Tensor) -> None:
+    def _add_head_grads(self, total: HeadSum, coefficient: Tensor) -> None:
+        engine = ChunkEngine(self._head, self._layout, self._plan)
         for rows in self._blocks:
-            residual = self._engine.residual_again(rows, self.stats.span(*rows.span))
-            self._engine.add_head_grad(rows, residual, rows.of_labelled(coefficient))
-        self._engine.release_buffer()
+            residual = engine.residual_again(rows, self.stats.span(*rows.span))
+            total.add(rows, residual, rows.of_labelled(coefficient))
 
 
 class KeptResidual(RowSweep):
     """One chunk, whose residual stays alive until backward."""
 
-    _residual: Tensor | None = None
+    _residual: Residual | None = None
 
     def forward(self) -> None:
         """As `RowSweep.forward`, and the residual."""
         (rows,) = self._blocks
-        self._residual = self._engine.residual(rows, self.stats)
-        self._engine.add_hidden_grad(rows, self._residual, None)
-        self._engine.release_buffer()
+        engine = ChunkEngine(self._head, self._layout, self._plan)
+        self.unscaled = engine.new_hidden_grad(unscaled_dtype(self._head.weight.dtype))
+        self._residual = engine.residual(rows, self.stats)
+        engine.add_hidden_grad(self.unscaled, rows, self._residual, None)
 
     def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`."""
@@ -132,11 +130,11 @@ class KeptResidual(RowSweep):
             self._residual = None
         return gradients
 
-    def _add_head_grads(self, coefficient: Tensor) -> None:
+    def _add_head_grads(self, total: HeadSum, coefficient: Tensor) -> None:
         if self._residual is None:
-            super()._add_head_grads(coefficient)
+            super()._add_head_grads(total, coefficient)
         else:
-            self._engine.add_head_grad(self._blocks[0], self._residual, coefficient)
+            total.add(self._blocks[0], self._residual, coefficient)
 
 
 class FusedSweep:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slime_fused import checks
+from slime_fused.arguments import int32_bounds
 from slime_fused.layout import TokenLayout, resolve_layout
 from slime_fused.tensors import is_traced, materialize, require_plain
 
@@ -55,9 +56,12 @@ def token_layout(
         if labels.dim() != 1:
             raise ValueError(f"labels: expected (N,) together with cu_seqlens, got shape {tuple(labels.shape)}")
         checks.check_cu_seqlens(cu_seqlens, labels.device)
-        cu_seqlens = materialize(cu_seqlens.to(torch.int32))
     if is_traced(labels, cu_seqlens):
         raise ValueError("labels: expected values to count, got a traced or fake tensor: make the layout outside")
+    if cu_seqlens is not None:
+        # A copy, which the caller's next batch does not change, and which autograd may save.
+        with torch.inference_mode(False):
+            cu_seqlens = materialize(int32_bounds(cu_seqlens)).clone()
     return resolve_layout(
         materialize(labels.long()),
         cu_seqlens,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
-from slime_fused.gradients import GradientDtypes, Gradients, float16_scale
+from slime_fused.gradients import GradientDtypes, Gradients, float16_gain, float16_scale
 from slime_fused.problem import padded_cols
 
 
@@ -78,7 +78,10 @@ def vocab_sweep_backward(
     sum_hidden = hidden.new_zeros(rows, depth, dtype=acc) if want_hidden else None
     d_weight = hidden.new_empty(weight.shape, dtype=dtypes.weight) if want_weight else None
     d_bias = hidden.new_zeros(vocab, dtype=acc) if want_bias else None
-    scaled_hidden, weight_scale = hidden, None
+    scaled_hidden, weight_scale, gain = hidden, None, None
+    if hidden.dtype == torch.float16:
+        gain = float16_gain(row_max, row_sum, logp, head, token_loss)
+        row_scale = row_scale / gain
     if want_weight:
         if hidden.dtype == torch.float16:
             weight_scale = float16_scale(hidden, row_scale)
@@ -106,7 +109,7 @@ def vocab_sweep_backward(
                 row_max=row_max[part],
                 row_sum=row_sum[part],
                 logp=logp[part],
-                row_scale=None,
+                row_scale=None if gain is None else gain[part],
             )
         if sum_hidden is not None:
             products.add_hidden_grad(sum_hidden, residual, weight[cols])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import reference
+from slime_fused import products, reference
 from tests.support import BACKENDS, PLANS, assert_as_exact_as_plain, force_plan, make_batch, require_backend, run
 
 
@@ -271,3 +272,48 @@ def test_inference_mode(scalar, backend):
     with torch.inference_mode():
         got = batch.call(scalar, backend=backend)
     torch.testing.assert_close(got.clone(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("name", ["linear_logprobs", "sequence_logprobs"])
+def test_a_backward_that_was_broken_off_leaves_nothing_in_the_next(name, keeps, kind, backend, monkeypatch):
+    """Out of memory, or Ctrl-C, after some chunks: the sums so far are no part of the pass that is tried again."""
+    scalar = SCALARS[name]
+    batch = make_batch(has_bias=True).leaves()
+    options = {"backend": backend, "workspace": workspace_for(kind, scalar.operation, batch)}
+    inputs = list(batch.tensors().values())
+    expected = torch.autograd.grad(batch.call(scalar, **options), inputs)
+    loss = batch.call(scalar, **options)
+    add_bias_grad, calls = products.add_bias_grad, []
+
+    def fail_after_the_first_chunk(*args):
+        calls.append(add_bias_grad(*args))
+        raise MemoryError
+
+    monkeypatch.setattr(products, "add_bias_grad", fail_after_the_first_chunk)
+    with pytest.raises(MemoryError):
+        torch.autograd.grad(loss, inputs, retain_graph=keeps)
+    assert calls
+    monkeypatch.setattr(products, "add_bias_grad", add_bias_grad)
+    again = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_two_threads_go_backward_through_one_kept_graph(kind, backend):
+    batch = make_batch((40, 30, 50, 20), hidden_size=16, vocab_size=301, has_bias=True).leaves()
+    workspace = workspace_for(kind, "token", batch)
+    loss = batch.call(SCALARS["linear_logprobs"], backend=backend, workspace=workspace)
+    inputs = list(batch.tensors().values())
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+    results = [None] * 4
+
+    def go(i):
+        results[i] = torch.autograd.grad(loss, inputs, retain_graph=True)
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(len(results))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

@@ -214,3 +214,17 @@ def test_a_forked_child_begins_with_an_empty_cache_and_the_same_bound():
         os._exit(0 if ok and buffers.cached_bytes() == 32 * KIB else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert buffers.cached_bytes() == 64 * KIB
+
+
+def test_a_small_buffer_does_not_take_a_large_mapping():
+    """A residual that waits for backward would keep all of it."""
+    del [scratch(400)][0]
+    assert buffers.cached_bytes() == 400 * KIB
+    small = scratch(100)
+    assert buffers.cached_bytes() == 0, "given back, as it does not serve this call"
+    del small
+    assert buffers.cached_bytes() == 100 * KIB
+    similar = scratch(90)
+    assert buffers.cached_bytes() == 0
+    del similar
+    assert buffers.cached_bytes() == 100 * KIB

@@ -134,6 +134,38 @@ def test_a_hopeless_token_does_not_overflow(backend):
     assert_as_exact_as_plain(sf.slime_loss, reference.slime_loss, batch, options={}, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("scale", "z_loss"), [(1.0, 0.0), (1 / 16, 0.0), (1 / 1024, 0.0), (-0.3, 0.0), (2000.0, 0.0), (50.0, 0.5)]
+)
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_logprobs"])
+def test_small_and_large_residuals(name, scale, z_loss, rows, backend):
+    """Probabilities of 1e-4 to 1e-9 times a logit scale: the residual itself leaves float16 at either end.
+
+    Each row of dW for itself: a token that is no label has gradients that are small beside those of the labels.
+    """
+    batch = make_batch((16, 16, 16, 16), hidden_size=8, vocab_size=5001, prompt=0, padding=0, spread=3.0)
+    batch = replace(batch, weight=batch.weight / max(abs(scale), 1.0)).to(torch.float16)
+    options = {"logit_scale": scale}
+    fused, plain = mean_of(name)
+    if name == "linear_cross_entropy":
+        options["z_loss"] = z_loss
+    upstream = 65536.0 / max(1.0, 64 * abs(scale))
+    truth = run(plain, batch.to(torch.float64), upstream=upstream, **options)
+    naive = run(plain, batch, upstream=upstream, **options)
+    got = run(fused, batch, upstream=upstream, backend=backend, workspace=max(rows // 100, 9) * 5008 * 2, **options)
+    eps = torch.finfo(torch.float16).eps
+    for key, grad in got.grads.items():
+        exact = truth.grads[key].flatten(0, -2)
+        seen = exact.norm(dim=1) > 1e-3  # the others are below float16's normal numbers
+        assert seen.float().mean() > 0.5
+        errors = [
+            ((x.double().flatten(0, -2) - exact).norm(dim=1) / exact.norm(dim=1))[seen]
+            for x in (grad, naive.grads[key])
+        ]
+        assert errors[0].median() <= errors[1].median() + 2 * eps, key
+        assert errors[0].quantile(0.99) <= 1.5 * errors[1].quantile(0.99) + 4 * eps, key
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 1e-30, 3e-7, 1.0, 500.0, 1e30])
 def test_the_scale_of_a_product(coefficient):
     """A power of two, and the largest product is in [2^14, 2^15) unless that is out of float32's reach."""

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("slime_fused.op",),
     ("slime_fused.calls", "slime_fused.execute"),
     ("slime_fused.sweeps",),
+    ("slime_fused.head_sum",),
     ("slime_fused.engine",),
     ("slime_fused.distributed",),
     ("slime_fused.stats",),

@@ -64,6 +64,21 @@ def test_what_it_tells():
     assert layout.to("meta").targets.is_meta
 
 
+def test_it_keeps_its_own_boundaries():
+    """A collator may use its buffer for the next batch, and may work in inference mode."""
+    batch = pack(make_batch(dtype=torch.float32))
+    expected = run(sf.sequence_logprobs, batch)
+    bounds = batch.cu_seqlens.clone()
+    with torch.inference_mode():
+        layout = sf.token_layout(batch.labels, cu_seqlens=bounds.clone())
+    again = sf.token_layout(batch.labels, cu_seqlens=bounds)
+    bounds.zero_()
+    for own in (layout, again):
+        got = run(sf.sequence_logprobs, replace(batch, labels=own, cu_seqlens=None))
+        assert torch.equal(got.outputs["value"], expected.outputs["value"])
+        assert torch.equal(got.grads["weight"], expected.grads["weight"])
+
+
 def test_known_lengths_are_checked():
     labels = torch.tensor([[3, -100], [1, 2]])
     assert sf.token_layout(labels, lengths=[1, 2]).lengths == (1, 2)
@@ -80,7 +95,13 @@ BAD = [
     ((None,), {}, TypeError, r"labels: expected a torch.Tensor, got NoneType"),
     ((LABELS.float(),), {}, TypeError, "labels: expected int64 or int32, got torch.float32"),
     ((LABELS[0, 0],), {}, ValueError, r"labels: expected \(S, T\).* got a scalar"),
-    ((LABELS - 2,), {}, ValueError, r"labels: expected ignore_index or a value .*got -102 at position \(0, 1\)"),
+    (
+        (LABELS - 2,),
+        {},
+        ValueError,
+        r"labels: expected ignore_index or a value of 0 .*got -102 at position \(0, 1\)",
+    ),
+    ((LABELS[0],), {"cu_seqlens": torch.tensor([0, 2**32 + 2])}, ValueError, "cu_seqlens: .*4294967298"),
     ((LABELS,), {"vocab_size": 3}, ValueError, r"in \[0, 3\), got 3 at position \(0, 0\)"),
     ((LABELS,), {"vocab_size": 0}, ValueError, "vocab_size: expected at least 1, got 0"),
     ((LABELS,), {"vocab_size": 3.0}, TypeError, "vocab_size: expected an int, got 3.0"),

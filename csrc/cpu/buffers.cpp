@@ -49,13 +49,15 @@ std::atomic<int64_t> g_limit{int64_t{256} << 20};
 // Idle mappings, oldest first. A mapping is either in here or owned by one Scratch, never both.
 class Cache {
  public:
-  // The smallest idle mapping that holds `bytes`. Where none does, all of them are given back first: what
-  // does not serve this call must not add to its peak.
+  // The smallest idle mapping that holds `bytes` and not much more, as a residual that waits for backward
+  // keeps all of it. Where none does, all of them are given back first: what does not serve this call must not
+  // add to its peak.
   Mapping take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it) {
-      if (it->bytes >= bytes && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
+      const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes / 4;
+      if (fits && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
     }
     if (best == idle_.end()) {
       trim(0);
