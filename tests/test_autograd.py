@@ -274,9 +274,8 @@ def test_inference_mode(scalar, backend):
     torch.testing.assert_close(got.clone(), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("name", ["linear_logprobs", "sequence_logprobs"])
-def test_a_backward_that_was_broken_off_leaves_nothing_in_the_next(name, keeps, kind, backend, monkeypatch):
+def test_a_backward_that_was_broken_off_leaves_nothing_in_the_next(name, kind, backend, monkeypatch):
     """Out of memory, or Ctrl-C, after some chunks: the sums so far are no part of the pass that is tried again."""
     scalar = SCALARS[name]
     batch = make_batch(has_bias=True).leaves()
@@ -292,7 +291,7 @@ def test_a_backward_that_was_broken_off_leaves_nothing_in_the_next(name, keeps, 
 
     monkeypatch.setattr(products, "add_bias_grad", fail_after_the_first_chunk)
     with pytest.raises(MemoryError):
-        torch.autograd.grad(loss, inputs, retain_graph=keeps)
+        torch.autograd.grad(loss, inputs, retain_graph=True)
     assert calls
     monkeypatch.setattr(products, "add_bias_grad", add_bias_grad)
     again = torch.autograd.grad(loss, inputs)
