@@ -101,7 +101,12 @@ BAD = [
         ValueError,
         r"labels: expected ignore_index or a value of 0 .*got -102 at position \(0, 1\)",
     ),
-    ((LABELS[0],), {"cu_seqlens": torch.tensor([0, 2**32 + 2])}, ValueError, "cu_seqlens: .*4294967298"),
+    (
+        (LABELS[0],),
+        {"cu_seqlens": torch.tensor([0, 2**32 + 2])},
+        ValueError,
+        "cu_seqlens: .* end at 2 .*, got 0 and 2147483647",
+    ),
     ((LABELS,), {"vocab_size": 3}, ValueError, r"in \[0, 3\), got 3 at position \(0, 0\)"),
     ((LABELS,), {"vocab_size": 0}, ValueError, "vocab_size: expected at least 1, got 0"),
     ((LABELS,), {"vocab_size": 3.0}, TypeError, "vocab_size: expected an int, got 3.0"),
