@@ -78,11 +78,6 @@ class Case:
         return self.valid_tokens * self.vocab * self.torch_dtype.itemsize
 
     @property
-    def input_bytes(self) -> int:
-        """Size of hidden states and weight."""
-        return (self.tokens + self.vocab) * self.hidden * self.torch_dtype.itemsize
-
-    @property
     def gradient_bytes(self) -> int:
         """Size of the gradients that are wanted, in the dtype of the inputs."""
         rows = self.tokens + (0 if self.frozen_head else self.vocab)

@@ -54,6 +54,12 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     unit = torch.finfo(dtype).eps
 
     out = torch.full_like(storage, float("nan"))[:, :columns]
+    if dtype == torch.float32:
+        # The residual of 16-bit operands whose logits are float32.
+        for narrow in (torch.bfloat16, torch.float16):
+            residual = torch.full_like(storage, float("nan"), dtype=narrow)[:, :columns]
+            backend.softmax_residual(logits, residual, labels, None, head, plain, **stats, loss=None)
+            _require_close("softmax_residual, narrow", residual, truth, torch.finfo(narrow).eps + 1e-5)
     backend.softmax_residual(logits, out, labels, None, head, plain, **stats, loss=None)
     _require_close("softmax_residual lse", stats["row_max"] + stats["row_sum"].log(), truth_lse * keep, 1e-4)
     _require_close("softmax_residual logp", stats["logp"], truth_logp, 1e-4)

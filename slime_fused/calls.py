@@ -163,7 +163,7 @@ def make_problem(
         vocab_size=weight.shape[0] if head.shard is None else head.shard.largest,
         itemsize=weight.element_size(),
         logits_itemsize=0 if head.logits_dtype == weight.dtype else head.logits_dtype.itemsize,
-        keeps_float32_weight_grad=weight.dtype == torch.float16,
+        keeps_float32_weight_grad=torch.float16 in (weight.dtype, head.grad_dtypes.weight),
         weight_grad_itemsize=head.grad_dtypes.weight.itemsize,
         want_hidden=wants.hidden,
         want_weight=wants.weight,

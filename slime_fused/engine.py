@@ -1,6 +1,6 @@
 """The chunk engine: forms logits and residuals in one reused buffer, and the rows of dX.
 
-It serves all losses, and makes every allocation that grows with rows or vocabulary. With a chunk's residual
+It serves all losses. With a chunk's residual
 R = d(token loss)/d(logits), written over its logits (beside them where they are float32 and it is not), and the
 coefficients c = dL/d(token loss) of its rows::
 

@@ -6,7 +6,7 @@ loss scaler may follow either. So float16 gradients are summed and kept in float
 with their factor. Other dtypes have float32's range and wait in their own.
 
 Gradients of float32 tensors that autocast has cast wait in float32. What rounds them before is a product that gives
-16 bits (bfloat16's on the CPU), and R W where it waits for coefficients in bfloat16.
+16 bits (bfloat16's on the CPU), and R W where it waits for its coefficients in bfloat16 (log-probs, "resweep").
 """
 
 from __future__ import annotations

@@ -65,10 +65,10 @@ class TokenLayout:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TokenLayout:
         """The same on another device."""
-        device = torch.device(device)
-        if device == self.targets.device:
+        moved = self.targets.to(device, non_blocking=non_blocking)
+        if moved.device == self.targets.device:
             return self
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._moved(lambda tensor: tensor.to(moved.device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenLayout:
         """The same in page-locked memory, from which a copy to a GPU waits for nothing."""

@@ -158,7 +158,7 @@ cross_entropy_op.register_fake(_cross_entropy_fake)
 cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_cross_entropy_setup)
 
 
-# --- linear_token_loss: losses like labels; lse and logp (N_all,); R W like hidden ---
+# --- linear_token_loss: losses like labels; statistics (4, N_all); R W like hidden ---
 
 
 def _token_pass(

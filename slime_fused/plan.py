@@ -230,7 +230,7 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
     # By what all processes that share sequences agree on: their own rows differ, and their chunks must meet.
     problem = replace(plan.problem, rows=sum(plan.problem.pair_rows) or plan.problem.rows)
     several = _plan_by_rows(problem, plan.workspace)
-    if not several.sums_weight_grad_in_float32:
+    if not (several.accumulates_weight_grad and several.sums_weight_grad_in_float32):
         return None
     everything = problem.buffer_bytes(problem.rows)
     one = _plan_by_rows(problem, everything)

@@ -101,7 +101,8 @@ class RowSweep:
         if not keeps:
             # Before the rows change: a pass that is broken off here can be no pass again.
             self.unscaled = None
-        return total.gradients(scale_rows(unscaled, coefficient, self._layout, owns=not keeps))
+        dtype = self._head.waiting_dtypes.hidden
+        return total.gradients(scale_rows(unscaled, coefficient, self._layout, dtype, owns=not keeps))
 
     def _add_head_grads(self, total: HeadSum, coefficient: Tensor) -> None:
         engine = ChunkEngine(self._head, self._layout, self._plan)
@@ -203,9 +204,14 @@ class FusedSweep:
         return replace(gradients, hidden=d_hidden)
 
 
-def scale_rows(unscaled: Tensor, coefficient: Tensor, layout: TokenLayout, *, owns: bool) -> Tensor:
-    """(N_all, D) rows of R W -> dX, in their place where ``owns``; ``coefficient`` (N,). Other rows stay zero."""
+def scale_rows(
+    unscaled: Tensor, coefficient: Tensor, layout: TokenLayout, dtype: torch.dtype, *, owns: bool
+) -> Tensor:
+    """(N_all, D) rows of R W -> dX of ``dtype``, in their place where ``owns`` and they have it.
+
+    ``coefficient`` (N,). Rows without a label stay zero.
+    """
     if layout.rows is not None:
         full = coefficient.new_zeros(unscaled.shape[0])
         coefficient = full.index_copy_(0, layout.rows, coefficient)
-    return products.scale_rows(unscaled, coefficient, owns=owns)
+    return products.scale_rows(unscaled, coefficient, owns=owns, dtype=dtype)

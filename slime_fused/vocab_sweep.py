@@ -89,6 +89,8 @@ def vocab_sweep_backward(
 
     width = min(block_cols, vocab)
     buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
+    # As in `ChunkEngine`: a product may read a column beyond an odd width.
+    buffer[:, width:].zero_()
     wide = hidden.new_empty(wide_rows, padded_cols(width, acc.itemsize), dtype=acc) if wide_rows else None
     for begin in range(0, vocab, width):
         cols = slice(begin, min(begin + width, vocab))
@@ -119,7 +121,7 @@ def vocab_sweep_backward(
             products.add_bias_grad(d_bias[cols], residual, row_scale)
 
     d_hidden = None
-    del buffer, wide, logits, residual, scaled_hidden
+    del buffer, wide, residual, scaled_hidden
     if sum_hidden is not None:
         d_hidden = products.scale_rows(sum_hidden, row_scale, dtype=dtypes.hidden, owns=True)
     return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(dtypes.bias), weight_scale)

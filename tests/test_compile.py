@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import library, reference, token_library
+from slime_fused import functional, library, reference, token_library
 from slime_fused.calls import HeadOptions, Wants
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
@@ -115,12 +115,33 @@ def test_inside_a_larger_graph():
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
 
 
-def test_autocast_in_a_graph():
+@pytest.mark.parametrize("workspace", ["1GiB", 250])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_fakes_know_the_dtypes_of_waiting_gradients(hidden_dtype, dtype, workspace, monkeypatch):
+    """What a graph was traced for must be what it gets, on every plan: hidden cast or not, one chunk or several."""
+    batch = make_batch((4, 3, 5, 2), dtype=torch.float32, has_bias=True)
+    batch = replace(batch, hidden=batch.hidden.to(hidden_dtype)).leaves()
+    seen = []
+    for name in ("slime_loss_op", "cross_entropy_op", "token_loss_op"):
+        op = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *args, op=op: seen.append((op, args)) or op(*args))
+    monkeypatch.setattr(functional, "is_traced", lambda *_: True)
+    with torch.autocast("cpu", dtype):
+        for name in ("slime_loss", "linear_cross_entropy", "linear_logprobs"):
+            batch.call(getattr(sf, name), workspace=workspace)
+    assert len(seen) == 3
+    for op, args in seen:
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("workspace", ["1GiB", 250])
+def test_autocast_in_a_graph(workspace):
     batch = make_batch((4, 3, 5, 2), dtype=torch.float32)
     results = []
     for function in (sf.slime_loss, compiled("slime_loss")):
         with torch.autocast("cpu", torch.bfloat16):
-            results.append(run(function, batch))
+            results.append(run(function, batch, workspace=workspace))
     for key, value in results[0].outputs.items():
         assert torch.equal(results[1].outputs[key], value), key
     for key, value in results[0].grads.items():

@@ -125,7 +125,6 @@ def all_parts(settings: Settings) -> list[Part]:
     )
     quick = ("--quick",) if settings.is_toy else ()
     end_to_end = _module(settings, "bench.end_to_end", "--out", str(out), *device, *budget, *quick)
-    has_steps = (ROOT / "bench" / "end_to_end.py").exists()
     return [
         Part("environment", "", (*own, "bench.gpu_run.environment"), 40, is_check=True),
         Part(
@@ -154,7 +153,6 @@ def all_parts(settings: Settings) -> list[Part]:
         bench("rows", 85),
         Part(
             "end_to_end", "end_to_end", end_to_end, 50,
-            missing="" if has_steps else "bench/end_to_end.py is not there",
         ),
         micro("sweep_rows", "sweep", 15, "--kernels", "rows", step="sweep"),
         micro(

@@ -50,8 +50,8 @@ std::atomic<int64_t> g_limit{int64_t{256} << 20};
 class Cache {
  public:
   // The smallest idle mapping that holds `bytes` and not much more, as a residual that waits for backward
-  // keeps all of it. Where none does, all of them are given back first: what does not serve this call must not
-  // add to its peak.
+  // keeps all of it. Where none does, all of them are given back first: what does not serve this call must
+  // not add to its peak.
   Mapping take(int64_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();

@@ -3,7 +3,7 @@
 // Everything here is raw pointers and sizes. Neither torch nor CUDA is included, so one build of the
 // extension serves every torch release, and the CPU module compiles where there is no CUDA toolkit.
 //
-// Notation (docs/design.md): M rows of logits, V columns, S sequences, P pairs, N tokens.
+// Notation: M rows of logits, V columns, S sequences, P pairs, N tokens.
 // `acc` is the accumulation type of a dtype: double for f64, float for everything else. All statistics,
 // log-probabilities and loss terms are `acc`.
 #pragma once
