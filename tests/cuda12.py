@@ -46,6 +46,11 @@ template <class Mutex> struct lock_guard { lock_guard(Mutex&) {} };
 template <class T> const T& min(const T& a, const T& b) { return b < a ? b : a; }
 template <class T> const T& max(const T& a, const T& b) { return a < b ? b : a; }
 template <class T, T v> struct integral_constant { static constexpr T value = v; };
+template <class T, class U> inline constexpr bool is_same_v = false;
+template <class T> inline constexpr bool is_same_v<T, T> = true;
+template <bool b, class T, class F> struct conditional { using type = T; };
+template <class T, class F> struct conditional<false, T, F> { using type = F; };
+template <bool b, class T, class F> using conditional_t = typename conditional<b, T, F>::type;
 }
 """
 

@@ -47,7 +47,7 @@ template <class Pair>
 __device__ inline Pair from_bits(uint32_t bits) {
   static_assert(sizeof(Pair) == 4);
   Pair pair;
-  memcpy(&pair, &bits, 4);
+  memcpy(static_cast<void*>(&pair), &bits, 4);
   return pair;
 }
 

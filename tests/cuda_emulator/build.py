@@ -53,7 +53,8 @@ def _tool_path() -> str:
 
 def _run(command: list[str]) -> None:
     environment = {**os.environ, "PATH": _tool_path()}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # Compilers quote in UTF-8 whatever locale something else in this process has set.
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}\n{done.stderr[-8000:]}")
 
