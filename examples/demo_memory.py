@@ -11,18 +11,22 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+import slime_fused
+
 
 class TensorMemory:
     """The memory a block adds: the most bytes of tensors alive at once inside it, beyond those alive at its start.
 
     By PyTorch's own allocator, which sees every tensor, those inside operators too. Pages that the C library keeps
     after an earlier evaluation, and that a step then uses again, make the resident size of a process grow by less
-    than the step needs; they do not matter here. Only the profiler's thread and those of autograd are seen.
+    than the step needs; they do not matter here. Only the profiler's thread and those of autograd are seen. Scratch
+    that slime_fused would keep between calls comes from PyTorch's allocator meanwhile, so that it is counted too.
     """
 
     peak: int
 
     def __enter__(self) -> TensorMemory:
+        self._limit = slime_fused.set_cache_limit(0)
         self._profile: Any = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
@@ -31,6 +35,7 @@ class TensorMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._profile.__exit__(kind, error, trace)
+        slime_fused.set_cache_limit(self._limit)
         events = self._profile.profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         held = self.peak = 0

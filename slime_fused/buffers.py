@@ -43,11 +43,14 @@ def empty_cache() -> None:
         _C.cpu.empty_cache()
 
 
-def set_cache_limit(max_bytes: int) -> None:
+def set_cache_limit(max_bytes: int) -> int:
     """Bound the memory that is kept between CPU calls, 256 MiB at first; 0 keeps none.
 
     Args:
         max_bytes: the most bytes of idle buffers, of all threads together. What is above is given back at once.
+
+    Returns:
+        The bound until now, for a caller who wants to set it back.
 
     Raises:
         TypeError: ``max_bytes`` is not an int.
@@ -57,8 +60,11 @@ def set_cache_limit(max_bytes: int) -> None:
         raise TypeError(f"max_bytes: expected an int, got {max_bytes!r}")
     if max_bytes < 0:
         raise ValueError(f"max_bytes: expected at least 0, got {max_bytes}")
-    if _C is not None:
-        _C.cpu.set_cache_limit(min(max_bytes, 2**63 - 1))
+    if _C is None:
+        return 0
+    before = int(_C.cpu.cache_limit())
+    _C.cpu.set_cache_limit(min(max_bytes, 2**63 - 1))
+    return before
 
 
 def cached_bytes() -> int:

@@ -228,3 +228,8 @@ def test_a_small_buffer_does_not_take_a_large_mapping():
     assert buffers.cached_bytes() == 0
     del similar
     assert buffers.cached_bytes() == 100 * KIB
+
+
+def test_setting_the_bound_tells_the_one_before():
+    assert sf.set_cache_limit(5 * KIB) == KIB * KIB
+    assert sf.set_cache_limit(KIB * KIB) == 5 * KIB

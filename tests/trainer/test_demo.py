@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import make_pairs, make_tokenizer, tiny_llama
 
+import slime_fused
+
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import demo
@@ -278,3 +280,14 @@ def test_rows_of_the_fetched_pairs_become_messages():
         "chosen": [{"role": "assistant", "content": "good"}],
         "rejected": [{"role": "assistant", "content": "bad"}],
     }
+
+
+def test_memory_counts_the_scratch_that_is_kept_between_calls():
+    """Otherwise the second call of a loss would seem to need none."""
+    hidden, weight = torch.randn(2, 200, 8), torch.randn(32000, 8)
+    labels = torch.zeros(2, 200, dtype=torch.int64)
+    slime_fused.linear_logprobs(hidden, weight, labels)
+    with TensorMemory() as memory:
+        slime_fused.linear_logprobs(hidden, weight, labels)
+    slime_fused.empty_cache()
+    assert memory.peak >= 400 * 32000 * 4
