@@ -58,7 +58,7 @@ def draw_panels(panels: Sequence[tuple[str, list[tuple[str, float]]]], title: st
     for axis, (case, bars) in zip(axes[:, 0], panels, strict=True):
         names, values = zip(*bars, strict=True)
         artists = axis.barh(names, values, color=[_colour(name) for name in names])
-        axis.bar_label(artists, fmt="%.3g", padding=3, fontsize=8)
+        axis.bar_label(artists, fmt=_label, padding=3, fontsize=8)
         axis.set_title(case, loc="left", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -67,3 +67,8 @@ def draw_panels(panels: Sequence[tuple[str, list[tuple[str, float]]]], title: st
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _label(value: float) -> str:
+    """Three digits, or all of a larger whole number."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
