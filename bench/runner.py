@@ -155,10 +155,15 @@ def _measure_time(rows: dict[str, Row], steps: dict[str, Step], clock: Clock, pr
 
 
 def _failed(row: Row, error: Exception) -> Row:
+    return replace(row, status=FAILED, reason=failure_reason(row.contestant, error))
+
+
+def failure_reason(contestant: str, error: Exception) -> str:
+    """The error in a row's words; raises DeviceLost where nothing more can run in this process."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if "CUDA error" in text or "device-side assert" in text:
-        raise DeviceLost(f"{row.contestant}: {text[:300]}") from error
-    return replace(row, status=FAILED, reason=text[:300])
+        raise DeviceLost(f"{contestant}: {text[:300]}") from error
+    return text[:300]
 
 
 def _release(device: torch.device) -> None:

@@ -167,11 +167,14 @@ class ChunkEngine:
         head, values = self.head, self._residual_buffer(rows.count)
         # One visit cannot see a row that others share, nor size a gain by it: the statistics come first.
         needs_stats = head.shard is not None or head.weight.dtype == torch.float16
+        gains: list[Tensor] = []
         for block in self._blocks(rows):
             stats, target = out.span(block.begin, block.end), values[block.begin : block.end]
             if needs_stats:
                 stats.copy_(self._stats_of(block))
-                self._write_residual(block, target, stats)
+                gain = self._gain(stats)
+                self._write_residual(block, target, stats, gain)
+                gains += [] if gain is None else [gain]
                 continue
             head.backend.softmax_residual(
                 block.logits,
@@ -185,15 +188,16 @@ class ChunkEngine:
                 logp=stats.logp,
                 loss=stats.loss,
             )
-        return Residual(values, self._gain(out))
+        return Residual(values, join(gains) if gains else None)
 
     def residual_again(self, rows: RowSet, known: TokenStats) -> Residual:
         """As `residual`, where the (M,) statistics are known from an earlier pass."""
-        values = self._residual_buffer(rows.count)
+        values, gain = self._residual_buffer(rows.count), self._gain(known)
         for block in self._blocks(rows):
-            span = block.begin, block.end
-            self._write_residual(block, values[slice(*span)], known.span(*span))
-        return Residual(values, self._gain(known))
+            part = slice(block.begin, block.end)
+            own = None if gain is None else gain[part]
+            self._write_residual(block, values[part], known.span(block.begin, block.end), own)
+        return Residual(values, gain)
 
     def _gain(self, stats: TokenStats) -> Tensor | None:
         if self.head.weight.dtype != torch.float16:
@@ -246,7 +250,7 @@ class ChunkEngine:
             head.shard.merge(stats)
         return stats.finish(head.token_loss, head.vocab_size)
 
-    def _write_residual(self, block: _LogitsBlock, out: Tensor, stats: TokenStats) -> None:
+    def _write_residual(self, block: _LogitsBlock, out: Tensor, stats: TokenStats, gain: Tensor | None) -> None:
         head = self.head
         head.backend.residual_from_stats(
             block.logits,
@@ -260,7 +264,7 @@ class ChunkEngine:
             row_max=stats.row_max,
             row_sum=stats.row_sum,
             logp=stats.logp,
-            row_scale=self._gain(stats),
+            row_scale=gain,
         )
 
     def new_hidden_grad(self, dtype: torch.dtype) -> Tensor | None:

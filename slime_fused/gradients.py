@@ -113,9 +113,7 @@ def float16_gain(
     eps, lse = token_loss.label_smoothing, row_max + row_sum.log()
     bound = ((1 - eps) * -torch.expm1(logp) + eps + 2 * token_loss.z_loss * lse.abs()) * abs(head.scale)
     usual = _LARGEST_EXPONENT - math.frexp(abs(head.scale))[1]
-    exponent = (_LARGEST_EXPONENT - torch.frexp(bound).exponent).clamp_(max=usual + _MORE_FOR_CERTAIN_ROWS)
-    exponent.masked_fill_(bound == 0, usual + _MORE_FOR_CERTAIN_ROWS).clamp_(-_EXPONENT_RANGE, _EXPONENT_RANGE)
-    return torch.where(torch.isfinite(bound), torch.ldexp(torch.ones_like(bound), exponent), 1.0)
+    return _power_of_two_below(bound, _LARGEST_EXPONENT, usual + _MORE_FOR_CERTAIN_ROWS)
 
 
 def float16_scale(rows: Tensor, coefficient: Tensor) -> Tensor:
@@ -127,6 +125,14 @@ def float16_scale(rows: Tensor, coefficient: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return coefficient.new_ones(())
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32).mul_(coefficient.abs()).amax()
-    exponent = (_LARGEST_EXPONENT + 1 - torch.frexp(largest).exponent).clamp_(-_EXPONENT_RANGE, _EXPONENT_RANGE)
-    exponent.masked_fill_(largest == 0, _EXPONENT_RANGE)
-    return torch.where(torch.isfinite(largest), torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+    return _power_of_two_below(largest, _LARGEST_EXPONENT + 1, _EXPONENT_RANGE)
+
+
+def _power_of_two_below(values: Tensor, limit: int, most: int) -> Tensor:
+    """Powers of two, 2^``most`` at most, that leave each of ``values`` (>= 0) below 2^``limit``, nearly.
+
+    2^``most`` for 0, and 1 for what is not finite.
+    """
+    exponent = (limit - torch.frexp(values).exponent).clamp_(max=most).masked_fill_(values == 0, most)
+    exponent.clamp_(-_EXPONENT_RANGE, _EXPONENT_RANGE)
+    return torch.where(torch.isfinite(values), torch.ldexp(torch.ones_like(values), exponent), 1.0)

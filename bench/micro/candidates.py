@@ -1,14 +1,13 @@
 """Layouts and tile sizes that `bench.micro.sweep` compares, and how they are read from a file.
 
-Where the kernels' own modules list candidates (`slime_fused._C.cuda.row_plan_candidates`, `ROW_CANDIDATES`,
-`STREAM_CANDIDATES` and `LINEAR_CANDIDATES` of `triton_kernels/configs.py`), those are taken; else the lists here.
+The kernels' own modules list them (`slime_fused._C.cuda.row_plan_candidates`, `ROW_CANDIDATES`, `STREAM_CANDIDATES`
+and `LINEAR_CANDIDATES` of `triton_kernels/configs.py`); the list here is for a stand-in of the native module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,39 +85,9 @@ def triton_configs(kernel: str, configs: Any, listed: Listed) -> list[Any]:
     name = {"triton-rows": "ROW", "triton-stream": "STREAM", "linear": "LINEAR"}[kernel]
     if kernel in listed:
         candidates = [kind(**entry) for entry in listed[kernel]]
-    elif hasattr(configs, f"{name}_CANDIDATES"):
-        candidates = list(getattr(configs, f"{name}_CANDIDATES"))
     else:
-        candidates = _built_configs(kernel, configs)
+        candidates = list(getattr(configs, f"{name}_CANDIDATES"))
     return [None, *dict.fromkeys(candidates)]
-
-
-def _built_configs(kernel: str, configs: Any) -> list[Any]:
-    if kernel == "triton-stream":
-        streamed = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 16))
-        return [configs.RowConfig(block, warps) for block, warps in streamed]
-    if kernel == "triton-rows":
-        sizes = (
-            (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16), (8192, 32), (16384, 32),
-            (32768, 32),
-        )  # fmt: skip
-        return [configs.RowConfig(block, warps) for block, warps in sizes]
-    wide = configs.LinearConfig(128, 256, 64, 16, 8, 3, uses_descriptors=True)
-    changes: tuple[dict[str, Any], ...] = (
-        {},
-        {"num_stages": 4},
-        {"group_m": 8},
-        {"group_m": 32},
-        {"num_stages": 4, "group_m": 32},
-        {"uses_descriptors": False},
-        {"block_m": 256, "block_n": 128},
-        {"block_m": 256, "block_n": 128, "num_stages": 4},
-        {"block_n": 128, "num_warps": 4},
-        {"block_n": 128, "num_stages": 4},
-        {"block_n": 128, "block_k": 128},
-        {"block_m": 64, "num_warps": 4, "num_stages": 2},
-    )
-    return [replace(wide, **change) for change in changes]
 
 
 def read_listed(path: Path | None) -> Listed:

@@ -13,7 +13,7 @@ import torch
 from bench.contestants import Step
 from bench.measure import clock_for, peak_memory
 from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED
-from bench.runner import DeviceLost
+from bench.runner import failure_reason
 from bench.steps.cases import StepBatch, StepCase, make_batch
 from bench.steps.check import TOLERANCE, Fingerprint, StepErrors, compare, expected_fingerprint, fingerprint
 from bench.steps.contestants import StepContestant
@@ -187,12 +187,10 @@ def _take_turns(
 
 def failure(row: AnyRow, error: Exception) -> AnyRow:
     """The row with the error as its reason; raises DeviceLost where nothing more can run in this process."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
     if is_out_of_memory(error):
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         return replace(row, status=OUT_OF_MEMORY, reason=text[:200])
-    if "CUDA error" in text or "device-side assert" in text:
-        raise DeviceLost(f"{row.contestant}: {text[:300]}") from error
-    return replace(row, status=FAILED, reason=text[:300])
+    return replace(row, status=FAILED, reason=failure_reason(row.contestant, error))
 
 
 def find_limit(
