@@ -16,8 +16,8 @@ from torch import Tensor
 import slime_fused
 from bench.cases import IGNORE_INDEX, Case, Data
 from slime_fused import reference
-from slime_fused.plan import Plan
-from slime_fused.problem import Operation
+from slime_fused.engine.plan import Plan
+from slime_fused.engine.problem import Operation
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 import slime_fused
 from slime_fused.backends import BACKEND_NAMES, get_backend
-from slime_fused.plan import Plan
+from slime_fused.engine.plan import Plan
 
 # What asks a backend instead of running it.
 _QUESTIONS = frozenset({"available", "supports"})

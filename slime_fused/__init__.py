@@ -6,17 +6,17 @@ never exist whole. See `slime_loss`. `slime_fused.reference` holds every functio
 
 from slime_fused import reference
 from slime_fused.backends import available_backends
-from slime_fused.buffers import empty_cache, set_cache_limit
-from slime_fused.config import SlimeLossConfig
-from slime_fused.explain import explain_plan
-from slime_fused.functional import linear_cross_entropy, linear_logprobs, sequence_logprobs, slime_loss
+from slime_fused.engine.buffers import empty_cache, set_cache_limit
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.functional.explain import explain_plan
+from slime_fused.functional.linear import linear_cross_entropy, linear_logprobs, sequence_logprobs, slime_loss
+from slime_fused.functional.logits import cross_entropy
+from slime_fused.functional.terms import slime_terms
+from slime_fused.functional.token_layout import token_layout
 from slime_fused.info import build_info
-from slime_fused.layout import TokenLayout
-from slime_fused.logits_loss import cross_entropy
+from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.modules import LinearCrossEntropyLoss, SlimeLoss
 from slime_fused.output import SlimeOutput
-from slime_fused.terms import slime_terms
-from slime_fused.token_layout import token_layout
 
 __all__ = [
     "LinearCrossEntropyLoss",

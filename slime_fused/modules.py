@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slime_fused.arguments import config_or_default
-from slime_fused.config import SlimeLossConfig
-from slime_fused.functional import linear_cross_entropy, slime_loss
-from slime_fused.layout import TokenLayout
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.functional.arguments import config_or_default
+from slime_fused.functional.linear import linear_cross_entropy, slime_loss
+from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.output import SlimeOutput
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_fused.config import SlimeLossConfig
+from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.output import SlimeOutput
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import slime_fused.backends as registry
-from slime_fused import products
 from slime_fused.backends.base import Backend, LinearStatsBackend
 from slime_fused.backends.cpu import CpuBackend
 from slime_fused.backends.torch import TorchBackend
+from slime_fused.engine import products
 
 TILE_ROWS, TILE_COLS = 128, 512
 

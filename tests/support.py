@@ -12,7 +12,7 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused.backends import get_backend
-from slime_fused.plan import Plan
+from slime_fused.engine.plan import Plan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "torch")

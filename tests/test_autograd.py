@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import products, reference
+from slime_fused import reference
+from slime_fused.engine import products
 from tests.support import BACKENDS, PLANS, assert_as_exact_as_plain, force_plan, make_batch, require_backend, run
 
 

@@ -21,8 +21,8 @@ from bench.registry import CONTESTANTS
 from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run, write_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
-from slime_fused.plan import make_plan, parse_bytes
-from slime_fused.problem import Problem
+from slime_fused.engine.plan import make_plan, parse_bytes
+from slime_fused.engine.problem import Problem
 
 ROOT = Path(__file__).parent.parent
 QUICK = Protocol(rounds=1)

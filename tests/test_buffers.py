@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import slime_fused as sf
-from slime_fused import buffers
 from slime_fused.backends.native import _C
+from slime_fused.engine import buffers
 
 if _C is None:
     pytest.skip("the native module was not built", allow_module_level=True)

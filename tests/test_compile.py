@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import functional, library, reference, token_library
-from slime_fused.calls import HeadOptions, Wants
+from slime_fused import functional, reference
+from slime_fused.autograd import library, token_library
+from slime_fused.engine.calls import HeadOptions, Wants
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {

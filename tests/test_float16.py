@@ -15,7 +15,7 @@ import torch
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.gradients import float16_scale
+from slime_fused.engine.gradients import float16_scale
 from tests.support import BACKENDS, Batch, assert_as_exact_as_plain, assert_close, make_batch, require_backend, run
 
 FUNCTIONS = ("slime_loss", "linear_cross_entropy", "linear_logprobs")

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import slime_fused as sf
 import slime_fused.backends as registry
-import slime_fused.plan as planner
-from slime_fused import products, reference, vocab_sweep
+import slime_fused.engine.plan as planner
+from slime_fused import reference
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan
+from slime_fused.engine import products, vocab_sweep
+from slime_fused.engine.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan
 from tests.linear_stats_backend import TorchWithLinearStats, linear_stats_backend  # noqa: F401
 from tests.measure import memory_of
 from tests.support import DTYPES, Batch, assert_as_exact_as_plain, make_batch, pack, run

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slime_fused as sf
-from slime_fused.plan import (
+from slime_fused.engine.plan import (
     WEIGHT_GRAD_BLOCK_BYTES,
     Plan,
     format_bytes,
@@ -20,7 +20,7 @@ from slime_fused.plan import (
     parse_bytes,
     resolve_workspace,
 )
-from slime_fused.problem import Problem
+from slime_fused.engine.problem import Problem
 from tests.measure import count_products, memory_of
 from tests.support import BACKENDS, Batch, make_batch, pack, require_backend
 

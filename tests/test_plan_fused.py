@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime_fused.plan import (
+from slime_fused.engine.plan import (
     FUSED_BELOW_ROWS,
     FUSED_COL_MULTIPLE,
     FUSED_LEAST_COLS,
@@ -16,7 +16,7 @@ from slime_fused.plan import (
     format_bytes,
     make_plan,
 )
-from slime_fused.problem import Problem, padded_cols
+from slime_fused.engine.problem import Problem, padded_cols
 
 # Four pairs of 2048 rows at the head of a Llama 3 8B, bfloat16.
 LLAMA = Problem("slime", 8192, 4096, 128256, 2, True, True, False, (2048,) * 4, linear_stats_row_bytes=12 * 1002)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slime_fused import products
-from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
+from slime_fused.engine import products
+from slime_fused.engine.plan import WEIGHT_GRAD_BLOCK_BYTES
 
 ROWS, DEPTH, COLS = 70, 33, 2048
 """Wider than one block: 1024 rows of 2048 float32 values are one."""

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slime_fused as sf
-from slime_fused import products
 from slime_fused.backends.cpu import CpuBackend
+from slime_fused.engine import products
 from tests.support import BACKENDS, PLANS, Batch, force_plan, make_batch, pack, require_backend, run
 
 FUNCTIONS = ("slime_loss", "linear_cross_entropy", "linear_logprobs", "sequence_logprobs")

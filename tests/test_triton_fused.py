@@ -10,7 +10,7 @@ import torch
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.plan import FUSED_LEAST_COLS
+from slime_fused.engine.plan import FUSED_LEAST_COLS
 from tests.support import assert_as_exact_as_plain, assert_close, floor_of, make_batch, pack, run
 from tests.triton_support import INTERPRETING, skip_unless_kernels_run
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from slime_fused.backends import get_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
-from slime_fused.gradients import GradientDtypes
-from slime_fused.vocab_sweep import vocab_sweep_backward
+from slime_fused.engine.gradients import GradientDtypes
+from slime_fused.engine.vocab_sweep import vocab_sweep_backward
 
 ROWS, DEPTH, VOCAB = 23, 16, 75
 EVERYTHING = {"want_hidden": True, "want_weight": True, "want_bias": True}

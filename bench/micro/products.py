@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.contestants import softmax_residual_
 from bench.measure import clock_for, interleave
 from bench.micro.common import Report, first_line, parser, within
-from slime_fused import products
+from slime_fused.engine import products
 
 ROWS = (2048, 4096, 8192)
 DEPTH, VOCAB = 4096, 128256

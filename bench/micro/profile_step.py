@@ -23,7 +23,7 @@ from bench.contestants import Step, planned
 from bench.micro.common import Report, parser, synchronize, within
 from bench.observe import observed_backends, plan_record
 from bench.registry import CONTESTANTS
-from slime_fused.plan import Plan
+from slime_fused.engine.plan import Plan
 
 _SHOWN_ROWS = 40
 

@@ -1,7 +1,7 @@
 """The contract of a backend: what the planner and the ops may ask of a set of kernels.
 
 A backend turns tensors into launches. It allocates no result, chooses no plan, queries no device and never
-falls back to another backend; all of that lives above it (`op.py`, `plan.py`). Every backend passes the same
+falls back to another backend; all of that lives above it (`autograd`, `engine`). Every backend passes the same
 grid of tests against `slime_fused.reference`.
 
 Notation: ``M`` rows of logits, ``V`` columns, ``N`` tokens, ``S`` sequences, ``P`` pairs. ``acc`` is the

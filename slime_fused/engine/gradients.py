@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.engine import products
 
 _LARGEST_EXPONENT = 14
 """Scaled float16 operands are below 2^15: half of what float16 holds."""

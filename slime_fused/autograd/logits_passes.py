@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.functions import refuse_transformed_backward
+from slime_fused.autograd.tensors import materialize
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss
-from slime_fused.layout import IGNORED, check_label_range
-from slime_fused.op import refuse_transformed_backward
-from slime_fused.stats import TokenStats, VocabStats
-from slime_fused.tensors import materialize
+from slime_fused.engine.layout import IGNORED, check_label_range
+from slime_fused.engine.stats import TokenStats, VocabStats
 
 
 def row_targets(labels: Tensor, ignore_index: int, vocab_size: int, *, needs_label: bool) -> Tensor:

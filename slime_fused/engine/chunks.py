@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused import buffers, products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss
-from slime_fused.distributed import VocabShard
-from slime_fused.gradients import GradientDtypes, float16_gain
-from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan
-from slime_fused.problem import padded_cols
-from slime_fused.stats import TokenStats, VocabStats
+from slime_fused.engine import buffers, products
+from slime_fused.engine.distributed import VocabShard
+from slime_fused.engine.gradients import GradientDtypes, float16_gain
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.plan import Plan
+from slime_fused.engine.problem import padded_cols
+from slime_fused.engine.stats import TokenStats, VocabStats
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused import products
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
-from slime_fused.gradients import GradientDtypes, Gradients, float16_gain, float16_scale
-from slime_fused.problem import padded_cols
+from slime_fused.engine import products
+from slime_fused.engine.gradients import GradientDtypes, Gradients, float16_gain, float16_scale
+from slime_fused.engine.problem import padded_cols
 
 
 def vocab_sweep_backward(

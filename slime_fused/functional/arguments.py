@@ -7,13 +7,13 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from slime_fused import checks
+from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms
 from slime_fused.backends import BACKEND_NAMES
-from slime_fused.calls import HeadOptions
-from slime_fused.config import SlimeLossConfig
-from slime_fused.distributed import group_name
-from slime_fused.layout import IGNORED, TokenLayout, shift_labels
-from slime_fused.tensors import is_traced, materialize, refuse_transforms
+from slime_fused.engine.calls import HeadOptions
+from slime_fused.engine.distributed import group_name
+from slime_fused.engine.layout import IGNORED, TokenLayout, shift_labels
+from slime_fused.functional import checks
+from slime_fused.losses.config import SlimeLossConfig
 
 
 def prepare_arguments(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends.base import Backend, SlimeWeights
-from slime_fused.distributed import BatchShare, ContextShard
-from slime_fused.engine import ChunkEngine, Head, RowSet, join
-from slime_fused.gradients import Gradients
-from slime_fused.head_sum import HeadSum
-from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan
-from slime_fused.stats import TokenStats
-from slime_fused.sweeps import plan_sweep, row_sets
+from slime_fused.engine.chunks import ChunkEngine, Head, RowSet, join
+from slime_fused.engine.distributed import BatchShare, ContextShard
+from slime_fused.engine.gradients import Gradients
+from slime_fused.engine.head_sum import HeadSum
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.plan import Plan
+from slime_fused.engine.stats import TokenStats
+from slime_fused.engine.sweeps import plan_sweep, row_sets
 
 
 @dataclass(frozen=True)

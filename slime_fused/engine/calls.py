@@ -9,13 +9,12 @@ from torch import Tensor
 
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import HeadTransform, LinearStatsBackend, TokenLoss
-from slime_fused.checks import check_pairs
-from slime_fused.distributed import ContextShard, VocabShard, find_group
-from slime_fused.engine import Head
-from slime_fused.gradients import GradientDtypes
-from slime_fused.layout import TokenLayout, require_responses, resolve_layout
-from slime_fused.plan import Plan, make_plan, resolve_workspace
-from slime_fused.problem import Operation, Problem
+from slime_fused.engine.chunks import Head
+from slime_fused.engine.distributed import ContextShard, VocabShard, find_group
+from slime_fused.engine.gradients import GradientDtypes
+from slime_fused.engine.layout import TokenLayout, check_pairs, require_responses, resolve_layout
+from slime_fused.engine.plan import Plan, make_plan, resolve_workspace
+from slime_fused.engine.problem import Operation, Problem
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,16 @@ def _packed_counts(has_target: Tensor, cu_seqlens: Tensor) -> list[int]:
     return [end - begin for begin, end in pairwise(at_host)]
 
 
+def check_pairs(num_sequences: int, argument: str = "labels") -> None:
+    """Refuse a number of sequences that is not 2P with P >= 1; ``argument`` is what it was read off."""
+    if num_sequences == 0:
+        raise ValueError(f"{argument}: expected at least one pair (two sequences), got none")
+    if num_sequences % 2:
+        raise ValueError(
+            f"{argument}: expected an even number of sequences (P chosen, then P rejected), got {num_sequences}"
+        )
+
+
 def require_responses(lengths: tuple[int, ...]) -> None:
     """Refuse 2P sequences that are not all responses with a label, naming the row that is wrong."""
     if not any(lengths):

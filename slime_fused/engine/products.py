@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused.plan import WEIGHT_GRAD_BLOCK_BYTES
+from slime_fused.engine.plan import WEIGHT_GRAD_BLOCK_BYTES
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 

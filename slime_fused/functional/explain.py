@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slime_fused import checks
-from slime_fused.arguments import prepare_arguments
+from slime_fused.autograd.tensors import is_traced
 from slime_fused.backends.base import TokenLoss
-from slime_fused.calls import Wants, prepare_call
-from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan
-from slime_fused.tensors import is_traced
+from slime_fused.engine.calls import Wants, prepare_call
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.plan import Plan
+from slime_fused.functional import checks
+from slime_fused.functional.arguments import prepare_arguments
 
 
 def explain_plan(

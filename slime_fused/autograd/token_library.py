@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused import logits_op
+from slime_fused.autograd import logits_passes
+from slime_fused.autograd.functions import SlimeParameters, refuse_transformed_backward, run_slime_terms
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
-from slime_fused.op import SlimeParameters, refuse_transformed_backward, run_slime_terms
 
 # --- segment_sum: (N,) values over S segments ---
 
@@ -121,9 +121,9 @@ def _logits_options(flat: tuple[Any, ...]) -> tuple[TokenLoss, HeadTransform, st
 def _logits_loss(logits: Tensor, labels: Tensor, needs_label: bool, *rest: Any) -> tuple[Tensor, Tensor]:
     *flat, ignore_index = rest
     token_loss, head, backend_name = _logits_options(tuple(flat))
-    targets = logits_op.row_targets(labels, ignore_index, logits.shape[-1], needs_label=needs_label)
+    targets = logits_passes.row_targets(labels, ignore_index, logits.shape[-1], needs_label=needs_label)
     backend = resolve_backend(backend_name, logits.device, logits.dtype)
-    stats = logits_op.logits_forward(backend, logits, targets, head, token_loss)
+    stats = logits_passes.logits_forward(backend, logits, targets, head, token_loss)
     return stats.loss, torch.stack([stats.row_max, stats.row_sum, stats.logp])
 
 
@@ -135,9 +135,9 @@ def _logits_loss_fake(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, 
 def _logits_loss_backward(upstream: Tensor, stats: Tensor, logits: Tensor, labels: Tensor, *rest: Any) -> Tensor:
     *flat, ignore_index = rest
     token_loss, head, backend_name = _logits_options(tuple(flat))
-    targets = logits_op.row_targets(labels, ignore_index, logits.shape[-1], needs_label=False)
+    targets = logits_passes.row_targets(labels, ignore_index, logits.shape[-1], needs_label=False)
     backend = resolve_backend(backend_name, logits.device, logits.dtype)
-    return logits_op.logits_backward(backend, logits, targets, head, token_loss, stats.unbind(), upstream)
+    return logits_passes.logits_backward(backend, logits, targets, head, token_loss, stats.unbind(), upstream)
 
 
 def _logits_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

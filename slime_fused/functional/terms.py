@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused import checks
-from slime_fused.arguments import config_numbers, config_or_default, int32_bounds
+from slime_fused.autograd.functions import SlimeParameters, SlimeTermsFunction
+from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms, require_plain
+from slime_fused.autograd.token_library import slime_terms_op
 from slime_fused.backends import BACKEND_NAMES
-from slime_fused.config import SlimeLossConfig
-from slime_fused.op import SlimeParameters, SlimeTermsFunction
+from slime_fused.engine.layout import check_pairs
+from slime_fused.functional import checks
+from slime_fused.functional.arguments import config_numbers, config_or_default, int32_bounds
+from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.output import SlimeOutput
-from slime_fused.tensors import is_traced, materialize, refuse_transforms, require_plain
-from slime_fused.token_library import slime_terms_op
 
 
 def slime_terms(
@@ -37,7 +38,7 @@ def slime_terms(
     if logp.dim() != 1:
         raise ValueError(f"logp: expected (N,), got shape {tuple(logp.shape)}")
     checks.check_cu_seqlens(cu_seqlens, logp.device)
-    checks.check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
+    check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
     cu_seqlens = int32_bounds(cu_seqlens)
     parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)

@@ -19,15 +19,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime_fused import products
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.engine import ChunkEngine, Head, Residual, RowSet
-from slime_fused.gradients import Gradients, waiting_dtype
-from slime_fused.head_sum import HeadSum
-from slime_fused.layout import TokenLayout
-from slime_fused.plan import Plan
-from slime_fused.stats import TokenStats, VocabStats
-from slime_fused.vocab_sweep import vocab_sweep_backward
+from slime_fused.engine import products
+from slime_fused.engine.chunks import ChunkEngine, Head, Residual, RowSet
+from slime_fused.engine.gradients import Gradients, waiting_dtype
+from slime_fused.engine.head_sum import HeadSum
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.plan import Plan
+from slime_fused.engine.stats import TokenStats, VocabStats
+from slime_fused.engine.vocab_sweep import vocab_sweep_backward
 
 
 class Sweep(Protocol):

@@ -10,8 +10,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.tensors import require_plain
 from slime_fused.backends.base import acc_dtype
-from slime_fused.tensors import require_plain
 
 _LABEL_DTYPES = (torch.int64, torch.int32)
 
@@ -157,16 +157,6 @@ def check_unset_beside_layout(cu_seqlens: Tensor | None, shift: bool, ignore_ind
     for name, is_given in given.items():
         if is_given:
             raise ValueError(f"{name}: expected none beside a TokenLayout, which was made with one; got {name} too")
-
-
-def check_pairs(num_sequences: int, argument: str = "labels") -> None:
-    """Refuse a number of sequences that is not 2P with P >= 1; ``argument`` is what it was read off."""
-    if num_sequences == 0:
-        raise ValueError(f"{argument}: expected at least one pair (two sequences), got none")
-    if num_sequences % 2:
-        raise ValueError(
-            f"{argument}: expected an even number of sequences (P chosen, then P rejected), got {num_sequences}"
-        )
 
 
 def _number(name: str, value: object, expected: str) -> float:

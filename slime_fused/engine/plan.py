@@ -26,7 +26,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from slime_fused.problem import ROW_ALIGNMENT, Problem, padded_cols, round_up
+from slime_fused.engine.problem import ROW_ALIGNMENT, Problem, padded_cols, round_up
 
 PlanKind = Literal["eval", "stream", "resweep", "fused"]
 

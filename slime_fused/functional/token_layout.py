@@ -8,10 +8,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from slime_fused import checks
-from slime_fused.arguments import int32_bounds
-from slime_fused.layout import TokenLayout, resolve_layout
-from slime_fused.tensors import is_traced, materialize, require_plain
+from slime_fused.autograd.tensors import is_traced, materialize, require_plain
+from slime_fused.engine.layout import TokenLayout, resolve_layout
+from slime_fused.functional import checks
+from slime_fused.functional.arguments import int32_bounds
 
 
 def token_layout(

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slime_fused.layout import TokenLayout
-from slime_fused.stats import VocabStats
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.stats import VocabStats
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The passes of the linear losses as `torch.library` operators, so that a compiled graph can hold them.
 
-A compiled graph calls these; eager code calls the autograd functions of `op.py`, which hand their buffers out
-without a copy. An operator may not change its inputs or keep state, so backward returns new tensors here, and the
-per-token loss forms its logits again. Gradients that nobody wants are empty tensors.
+A compiled graph calls these; eager code calls the autograd functions of `functions.py`, which hand their buffers
+out without a copy. An operator may not change its inputs or keep state, so backward returns new tensors here, and
+the per-token loss forms its logits again. Gradients that nobody wants are empty tensors.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.functions import (
+    SlimeParameters,
+    TokenPass,
+    refuse_transformed_backward,
+    run_cross_entropy,
+    run_slime,
+)
 from slime_fused.backends.base import TokenLoss, acc_dtype
-from slime_fused.calls import HeadOptions, Wants, prepare_call
-from slime_fused.gradients import GradientDtypes, Gradients
-from slime_fused.op import SlimeParameters, TokenPass, refuse_transformed_backward, run_cross_entropy, run_slime
-from slime_fused.sweeps import unscaled_dtype
+from slime_fused.engine.calls import HeadOptions, Wants, prepare_call
+from slime_fused.engine.gradients import GradientDtypes, Gradients
+from slime_fused.engine.sweeps import unscaled_dtype
 
 # Schemas share these fragments; `flat_options` produces the last one's values.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"

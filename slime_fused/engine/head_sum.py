@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused import buffers, products
 from slime_fused.backends.base import acc_dtype
-from slime_fused.engine import Head, Residual, RowSet
-from slime_fused.gradients import Gradients, float16_scale
-from slime_fused.plan import Plan
+from slime_fused.engine import buffers, products
+from slime_fused.engine.chunks import Head, Residual, RowSet
+from slime_fused.engine.gradients import Gradients, float16_scale
+from slime_fused.engine.plan import Plan
 
 
 class HeadSum:

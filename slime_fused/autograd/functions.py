@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused import execute
+from slime_fused.autograd.tensors import is_batched
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, TokenLoss, acc_dtype
-from slime_fused.calls import Call, HeadOptions, Wants, prepare_call
-from slime_fused.distributed import BatchShare, find_group
-from slime_fused.execute import SlimePairs
-from slime_fused.gradients import GradientDtypes, Gradients
-from slime_fused.layout import response_lengths
-from slime_fused.stats import TokenStats
-from slime_fused.sweeps import plan_sweep
-from slime_fused.tensors import is_batched
+from slime_fused.engine import streams
+from slime_fused.engine.calls import Call, HeadOptions, Wants, prepare_call
+from slime_fused.engine.distributed import BatchShare, find_group
+from slime_fused.engine.gradients import GradientDtypes, Gradients
+from slime_fused.engine.layout import response_lengths
+from slime_fused.engine.stats import TokenStats
+from slime_fused.engine.streams import SlimePairs
+from slime_fused.engine.sweeps import plan_sweep
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def run_slime(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         call = prepare_call("slime", hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss())
         share = BatchShare.of(call.lengths, find_group(options.dp_group), hidden.device)
-        weights = execute.slime_weights(parameters.numbers, parameters.reduction, share)
-        pairs, gradients = execute.slime_forward(call.head, call.layout, call.plan, weights, call.context)
+        weights = streams.slime_weights(parameters.numbers, parameters.reduction, share)
+        pairs, gradients = streams.slime_forward(call.head, call.layout, call.plan, weights, call.context)
         return loss_outputs(pairs), gradients, call.head.backend
 
 
@@ -174,7 +174,7 @@ def run_cross_entropy(
         if rows == 0 and mean:
             raise ValueError("labels: expected at least one label that is not ignore_index, got none")
         share = 1 / rows if mean else 1.0
-        total, gradients = execute.cross_entropy_forward(call.head, call.layout, call.plan, share)
+        total, gradients = streams.cross_entropy_forward(call.head, call.layout, call.plan, share)
         return total * share, gradients, call.head.backend
 
 
@@ -283,9 +283,9 @@ def run_slime_terms(
     """(the six outputs of `SlimeTermsFunction`, dL/dlogp where wanted). Waits for the device to read the bounds."""
     lengths = response_lengths(cu_seqlens, logp.shape[0])
     share = BatchShare.of(lengths, None, logp.device)
-    weights = execute.slime_weights(parameters.numbers, parameters.reduction, share)
+    weights = streams.slime_weights(parameters.numbers, parameters.reduction, share)
     backend = resolve_backend(backend_name, logp.device, logp.dtype)
-    pairs, d_logp = execute.slime_terms(backend, logp.contiguous(), cu_seqlens.contiguous(), weights, wants)
+    pairs, d_logp = streams.slime_terms(backend, logp.contiguous(), cu_seqlens.contiguous(), weights, wants)
     return loss_outputs(pairs), d_logp
 
 

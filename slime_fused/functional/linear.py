@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from slime_fused import checks, library, op, token_library
-from slime_fused.arguments import config_numbers, config_or_default, label_counts, prepare_arguments
+from slime_fused.autograd import functions, library, token_library
+from slime_fused.autograd.functions import SlimeParameters
+from slime_fused.autograd.tensors import is_traced
 from slime_fused.backends.base import TokenLoss
-from slime_fused.calls import Wants
-from slime_fused.config import SlimeLossConfig
-from slime_fused.layout import IGNORED, TokenLayout
-from slime_fused.op import SlimeParameters
+from slime_fused.engine.calls import Wants
+from slime_fused.engine.layout import IGNORED, TokenLayout, check_pairs
+from slime_fused.functional import checks
+from slime_fused.functional.arguments import config_numbers, config_or_default, label_counts, prepare_arguments
+from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.output import SlimeOutput
-from slime_fused.tensors import is_traced
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
     from torch.distributed import ProcessGroup
@@ -104,7 +105,7 @@ def slime_loss(
     if cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
     if cp_group is None:  # else once the others have told what they hold
-        checks.check_pairs(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        check_pairs(labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)
     wants = Wants.of(hidden, weight, bias)
     if is_traced(hidden, weight, labels):
@@ -119,7 +120,9 @@ def slime_loss(
             *library.flat_options(options, wants),
         )[:6]
     else:
-        outputs = op.SlimeLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
+        outputs = functions.SlimeLossFunction.apply(
+            hidden, weight, bias, labels, cu_seqlens, parameters, options, wants
+        )
     return SlimeOutput(*outputs)
 
 
@@ -312,7 +315,9 @@ def linear_cross_entropy(
             *library.flat_options(options, wants),
         )[0]
         return loss
-    return op.CrossEntropyFunction.apply(hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants)
+    return functions.CrossEntropyFunction.apply(
+        hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants
+    )
 
 
 def _token_loss(
@@ -340,4 +345,4 @@ def _token_loss(
             *library.flat_options(options, wants),
         )[0]
         return loss
-    return op.TokenLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, token_loss, options, wants)
+    return functions.TokenLossFunction.apply(hidden, weight, bias, labels, cu_seqlens, token_loss, options, wants)

@@ -1,0 +1,1 @@
+"""What users call: check the arguments, pick the defaults, run the operator."""
