@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import functional, reference
+from slime_fused import reference
 from slime_fused.autograd import library, token_library
 from slime_fused.engine.calls import HeadOptions, Wants
+from slime_fused.functional import linear
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,7 +128,7 @@ def test_fakes_know_the_dtypes_of_waiting_gradients(hidden_dtype, dtype, workspa
     for name in ("slime_loss_op", "cross_entropy_op", "token_loss_op"):
         op = getattr(library, name)
         monkeypatch.setattr(library, name, lambda *args, op=op: seen.append((op, args)) or op(*args))
-    monkeypatch.setattr(functional, "is_traced", lambda *_: True)
+    monkeypatch.setattr(linear, "is_traced", lambda *_: True)
     with torch.autocast("cpu", dtype):
         for name in ("slime_loss", "linear_cross_entropy", "linear_logprobs"):
             batch.call(getattr(sf, name), workspace=workspace)

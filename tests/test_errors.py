@@ -41,7 +41,7 @@ def no_kernels(monkeypatch):
     for name in BACKENDS:
         for kernel in ("softmax_residual", "logits_stats", "residual_from_stats", "slime_terms"):
             monkeypatch.setattr(type(get_backend(name)), kernel, refuse)
-    monkeypatch.setattr("slime_fused.products.write_logits", refuse)
+    monkeypatch.setattr("slime_fused.engine.products.write_logits", refuse)
 
 
 # case -> (changed tensors, error, argument, expected (pattern), got (pattern)); the batch is (6, 9, 12), V = 37.
