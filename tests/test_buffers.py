@@ -168,7 +168,7 @@ def test_an_error_in_the_middle_loses_nothing(monkeypatch):
         raise RuntimeError("stop")
 
     with monkeypatch.context() as patch:
-        patch.setattr("slime_fused.products.residual_times_weight", fail)
+        patch.setattr("slime_fused.engine.products.residual_times_weight", fail)
         with pytest.raises(RuntimeError, match="stop"):
             sf.slime_loss(x, w, labels)
     gc.collect()
