@@ -34,7 +34,7 @@ from bench.steps.report import format_limit_row, format_step_row
 from bench.steps.results import WRONG, LimitRow, StepRow, write_step_run
 from bench.steps.runner import CPU_MEMORY, CPU_STEPS, GPU_STEPS, Bounds, StepProtocol
 from bench.steps.worker import Search, StepJob, run_past_crashes
-from slime_fused.engine.plan import parse_bytes
+from slime_fused.engine.workspace import parse_bytes
 
 # No process may take longer than this, so that one hang leaves the rest of the time to the others.
 _PROCESS_LIMIT_S = {"cpu": 1200.0, "cuda": 150.0}

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from slime_fused.engine.layout import TokenLayout
-from slime_fused.functional.arguments import config_or_default
-from slime_fused.functional.linear import linear_cross_entropy, slime_loss
-from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.functional.preference import slime_loss
+from slime_fused.functional.tokens import linear_cross_entropy
+from slime_fused.losses import Slime, SlimeLossConfig
 from slime_fused.output import SlimeOutput
 
 
@@ -26,7 +26,8 @@ class SlimeLoss(nn.Module):
 
     def __init__(self, config: SlimeLossConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.config = config_or_default(config)
+        Slime.of(config)  # refuses what is no configuration
+        self.config = SlimeLossConfig() if config is None else config
         self.options = _known_options(slime_loss, options)
 
     def forward(

@@ -1,8 +1,9 @@
 """The oracle: every public function in plain PyTorch, with the same signature.
 
 It materialises all logits and leaves the gradients to autograd, so it is also the naive baseline of every
-benchmark. It shares no code with the fused path: it checks little, drops no row and knows no plan. ``backend``,
-``workspace`` and the process groups are accepted and ignored. Any floating dtype; the tests' truth is float64.
+benchmark. It shares no code with the fused path, but for the formulas of `slime_fused.losses` (whose tests have
+formulas of their own): it checks little, drops no row and knows no plan. ``backend``, ``workspace`` and the process
+groups are accepted and ignored. Any floating dtype; the tests' truth is float64.
 
 ``logits_dtype`` is that of the product, whose operands are upcast to it.
 
@@ -12,6 +13,7 @@ precision; otherwise every reduction runs in float32 (float64 for float64 inputs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -19,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_fused.losses.config import SlimeLossConfig
-from slime_fused.output import SlimeOutput
+from slime_fused.engine.units import BatchCounts, Pairs, Sequences, Tokens, UnitTerms
+from slime_fused.losses import Formula, Own, PolicyGradient, SlimeLossConfig
+from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput
 
 
 def _logits(
@@ -29,6 +32,7 @@ def _logits(
     bias: Tensor | None,
     logit_scale: float,
     logit_softcap: float | None,
+    temperature: float,
     logits_dtype: torch.dtype | None,
     upcast: bool,
 ) -> Tensor:
@@ -39,7 +43,7 @@ def _logits(
         logits = logits * logit_scale
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return logits
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
@@ -83,6 +87,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
     **_ignored: Any,
@@ -90,7 +95,7 @@ def linear_logprobs(
     """See `slime_fused.linear_logprobs`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
-    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, logits_dtype, upcast)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, temperature, logits_dtype, upcast)
     mask = labels != ignore_index
     index = labels.masked_fill(~mask, 0).long()
     logps = torch.log_softmax(logits, dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -136,6 +141,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
     **_ignored: Any,
@@ -143,7 +149,7 @@ def linear_cross_entropy(
     """See `slime_fused.linear_cross_entropy`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
-    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, logits_dtype, upcast)
+    logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, temperature, logits_dtype, upcast)
     return cross_entropy(
         logits,
         labels,
@@ -231,3 +237,110 @@ def slime_loss(
         labels = _shift(labels, cu_seqlens, ignore_index)
     mask, bounds = _labels_of_sequences(labels, cu_seqlens, ignore_index)
     return slime_terms(logps[mask], bounds, config)
+
+
+def preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    loss: Any,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    ref_chosen_sum_logps: Tensor | None = None,
+    ref_rejected_sum_logps: Tensor | None = None,
+    ref_chosen_mean_logps: Tensor | None = None,
+    ref_rejected_mean_logps: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> PreferenceOutput:
+    """See `slime_fused.preference_loss`."""
+    given = {name: options.pop(name) for name in _GIVEN if options.get(name) is not None} | dict(extra or {})
+    if ref_chosen_sum_logps is not None and ref_rejected_sum_logps is not None:
+        given["ref_sum_logps"] = torch.cat([ref_chosen_sum_logps, ref_rejected_sum_logps])
+    if ref_chosen_mean_logps is not None and ref_rejected_mean_logps is not None:
+        given["ref_mean_logps"] = torch.cat([ref_chosen_mean_logps, ref_rejected_mean_logps])
+    logps = linear_logprobs(
+        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
+    )
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    value: Formula = loss if isinstance(loss, Formula) else Own(loss)
+    terms, means = _loss_of_units(value, logps, labels, cu_seqlens, ignore_index, given)
+    return PreferenceOutput(*_means(terms), means, value.unit == "pair")
+
+
+def token_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    loss: Formula | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    extra: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> PolicyOutput:
+    """See `slime_fused.token_policy_loss`."""
+    given = {name: options.pop(name) for name in _GIVEN if options.get(name) is not None} | dict(extra or {})
+    logps = linear_logprobs(
+        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
+    )
+    if shift:
+        labels = _shift(labels, cu_seqlens, ignore_index)
+    value: Formula = PolicyGradient() if loss is None else loss
+    terms, means = _loss_of_units(value, logps, labels, cu_seqlens, ignore_index, given)
+    return PolicyOutput(*_means(terms), means, logps.detach())
+
+
+_GIVEN = (
+    "ref_sum_logps",
+    "ref_mean_logps",
+    "ref_token_logps",
+    "desirable",
+    "kl_baseline",
+    "loss_weights",
+    "advantages",
+    "old_logps",
+)
+
+
+def _loss_of_units(
+    loss: Formula,
+    logps: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    given: Mapping[str, Any],
+) -> tuple[UnitTerms, Tensor]:
+    """(the values of all units, (S,) mean log-probs), from log-probs in the shape of the labels."""
+    mask, bounds = _labels_of_sequences(labels, cu_seqlens, ignore_index)
+    own, lengths = logps[mask], (bounds[1:] - bounds[:-1]).tolist()
+    index = torch.repeat_interleave(torch.arange(len(lengths), device=own.device), bounds.diff().long())
+    half = sum(lengths[: len(lengths) // 2])
+    batch = BatchCounts(len(lengths), own.shape[0], half)
+    cut = {}
+    for name, value in given.items():
+        values = torch.as_tensor(value, device=own.device)
+        values = values if values.dtype == torch.bool else values.to(own.dtype)
+        is_per_token = values.dim() > 0 and values.shape == labels.shape
+        cut[name] = values[mask] if is_per_token else values
+        if loss.unit == "token" and not is_per_token and values.dim() > 0:
+            cut[name] = values[index]
+    means = torch.stack([piece.sum() / max(len(piece), 1) for piece in torch.split(own, lengths)]).detach()
+    if loss.unit == "token":
+        said = loss.values(Tokens(own, bounds.diff().to(own.dtype)[index], batch, cut))
+    else:
+        kind = Pairs if loss.unit == "pair" else Sequences
+        said = loss.values(kind(own, tuple(lengths), bounds, batch, cut))
+    weights = cut.get("loss_weights", torch.ones_like(said.loss))
+    terms = {name: term * weights for name, term in said.terms.items()}
+    return UnitTerms(said.loss * weights, terms, said.metrics), means
+
+
+def _means(terms: UnitTerms) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """(loss, terms, metrics): the means over units, the last two detached."""
+    parts, metrics = ({k: v.detach().mean() for k, v in of.items()} for of in (terms.terms, terms.metrics))
+    return terms.loss.mean(), parts, metrics

@@ -210,7 +210,7 @@ def force_plan(kind: str, batch: Batch, *, loss: str = "slime", **options: Any) 
     """(workspace bytes, plan) with which a call on ``batch`` streams once, streams in chunks, or sweeps twice."""
     probe = batch.call(sf.explain_plan, loss=loss, workspace="1GiB", **options)
     problem = probe.problem
-    largest_unit = max(problem.pair_rows, default=max(1, problem.rows // 3))
+    largest_unit = max(problem.unit_rows, default=max(1, problem.rows // 3))
     rows = {"stream": problem.rows, "stream_several": largest_unit, "resweep": largest_unit - 1}[kind]
     workspace = rows * problem.row_bytes
     plan = batch.call(sf.explain_plan, loss=loss, workspace=workspace, **options)

@@ -21,7 +21,8 @@ from bench.registry import CONTESTANTS
 from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run, write_run
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
-from slime_fused.engine.plan import make_plan, parse_bytes
+from slime_fused.engine.plan import make_plan
+from slime_fused.engine.workspace import parse_bytes
 from slime_fused.engine.problem import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -206,17 +207,17 @@ def test_what_was_measured_is_not_measured_again():
     assert heats.remaining((heat,), []) == (heat,)
 
 
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy"])
-def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(operation):
+@pytest.mark.parametrize("unit", ["pair", "token"])
+def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(unit):
     """The contestants' notes name the plan of each backend; here the planner is asked."""
     measured = {name for heat in heats.stage_heats(None) if HEADLINE in heat.cases for name in heat.contestants}
-    prefix = "ce-" if operation == "cross_entropy" else ""
+    prefix = "ce-" if unit == "token" else ""
     for backend, row_bytes in (("triton", 12 * (HEADLINE.vocab // 128)), ("cuda", 0)):
         name = f"{prefix}slime_fused-{backend}-{SMALL_WORKSPACE}"
         assert name in measured
         pair = 2 * HEADLINE.valid_per_sequence
         problem = Problem(
-            operation,
+            unit,
             HEADLINE.valid_tokens,
             HEADLINE.hidden,
             HEADLINE.vocab,
@@ -224,7 +225,7 @@ def test_the_fused_plan_and_its_yardstick_are_measured_on_the_headline(operation
             want_hidden=True,
             want_weight=True,
             want_bias=False,
-            pair_rows=(pair,) * HEADLINE.pairs if operation == "slime" else (),
+            unit_rows=(pair,) * HEADLINE.pairs if unit == "pair" else (),
             linear_stats_row_bytes=row_bytes,
         )
         plan = make_plan(problem, parse_bytes(SMALL_WORKSPACE))

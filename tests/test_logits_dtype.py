@@ -22,7 +22,8 @@ from bench import precision
 from slime_fused import reference
 from slime_fused.backends import get_backend, native
 from slime_fused.backends.base import LinearStatsBackend
-from slime_fused.engine.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan, make_plan, parse_bytes
+from slime_fused.engine.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan, make_plan
+from slime_fused.engine.workspace import parse_bytes
 from slime_fused.engine.problem import WIDE_LOGITS_ROWS, Problem
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
 from tests.measure import count_products, memory_of
@@ -231,7 +232,7 @@ def test_peak_memory(operation, wanted, dtype):
 
 def problem_of(rows: int, **options: Any) -> Problem:
     flags = {"want_hidden": True, "want_weight": True, "want_bias": False, **options}
-    return Problem("cross_entropy", rows, 4096, 128_255, 2, logits_itemsize=4, **flags)
+    return Problem("token", rows, 4096, 128_255, 2, logits_itemsize=4, **flags)
 
 
 def test_what_the_plan_holds():

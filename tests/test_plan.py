@@ -193,7 +193,7 @@ def test_accumulator_is_declared_only_where_it_is_needed():
 
 problems = st.builds(
     Problem,
-    operation=st.sampled_from(["slime", "cross_entropy", "token"]),
+    unit=st.sampled_from(["pair", "token", "later"]),
     rows=st.just(0),
     hidden_size=st.integers(1, 5000),
     vocab_size=st.integers(1, 300_000),
@@ -201,24 +201,24 @@ problems = st.builds(
     want_hidden=st.booleans(),
     want_weight=st.booleans(),
     want_bias=st.booleans(),
-    pair_rows=st.lists(st.integers(2, 400), min_size=1, max_size=40).map(tuple),
+    unit_rows=st.lists(st.integers(2, 400), min_size=1, max_size=40).map(tuple),
     keeps_residual=st.booleans(),
 )
 
 
 @given(problem=problems, capacity=st.integers(1, 6000), slack=st.integers(0, 10**6))
 def test_chunks_cover_everything_once_within_the_budget(problem, capacity, slack):
-    problem = replace(problem, rows=sum(problem.pair_rows))
+    problem = replace(problem, rows=sum(problem.unit_rows))
     workspace = capacity * problem.row_bytes + slack
     plan = make_plan(problem, workspace)
-    by_pairs = problem.operation == "slime" and plan.kind == "stream"
+    by_pairs = problem.unit == "pair" and plan.kind == "stream"
     assert plan.chunks[0].begin == 0
-    assert plan.chunks[-1].end == (len(problem.pair_rows) if by_pairs else problem.rows)
+    assert plan.chunks[-1].end == (len(problem.unit_rows) if by_pairs else problem.rows)
     for before, after in zip(plan.chunks, plan.chunks[1:], strict=False):
         assert before.end == after.begin
     for chunk in plan.chunks:
         assert chunk.end > chunk.begin
-        rows = sum(problem.pair_rows[chunk.begin : chunk.end]) if by_pairs else chunk.end - chunk.begin
+        rows = sum(problem.unit_rows[chunk.begin : chunk.end]) if by_pairs else chunk.end - chunk.begin
         assert chunk.rows == rows
     accumulator = 4 * problem.vocab_size * problem.hidden_size if problem.want_weight else 0
     if plan.workspace_bytes > workspace:
@@ -236,7 +236,7 @@ def test_chunks_cover_everything_once_within_the_budget(problem, capacity, slack
     if by_pairs:
         # Greedy by pairs is optimal for ordered pairs: no plan has fewer chunks.
         fewest, room = 0, 0
-        for rows in problem.pair_rows:
+        for rows in problem.unit_rows:
             if rows > room:
                 fewest, room = fewest + 1, workspace // problem.row_bytes
             room -= rows
@@ -249,7 +249,7 @@ def test_chunks_cover_everything_once_within_the_budget(problem, capacity, slack
 
 @given(problem=problems, is_gpu=st.booleans())
 def test_automatic_workspace_always_works(problem, is_gpu):
-    problem = replace(problem, rows=sum(problem.pair_rows))
+    problem = replace(problem, rows=sum(problem.unit_rows))
     workspace = resolve_workspace("auto", problem, is_gpu=is_gpu)
     plan = make_plan(problem, workspace)
     accumulator = 4 * problem.vocab_size * problem.hidden_size + (8 << 20) if problem.want_weight else 0
@@ -270,19 +270,19 @@ def test_automatic_workspace_always_works(problem, is_gpu):
     ],
 )
 @pytest.mark.parametrize("workspace", ["auto", 4096])
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy", "token"])
+@pytest.mark.parametrize("unit", ["pair", "token", "later"])
 def test_one_chunk_rather_than_several_and_a_float32_copy_of_the_gradient(
-    operation, workspace, rows, itemsize, want_weight, chunks
+    unit, workspace, rows, itemsize, want_weight, chunks
 ):
     """Whether "auto" or the user's number (here the rows it holds): the budget counts the accumulator."""
     pairs = (512,) * (rows // 512) + ((rows % 512,) if rows % 512 else ())
     problem = Problem(
-        operation, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if operation == "slime" else ()
+        unit, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if unit == "pair" else ()
     )
     budget = resolve_workspace("auto", problem, is_gpu=True) if workspace == "auto" else 4096 * problem.row_bytes
     plan = make_plan(problem, budget)
     assert len(plan.chunks) == chunks
-    assert plan.kind == ("resweep" if operation == "token" and chunks > 1 else "stream")
+    assert plan.kind == ("resweep" if unit == "later" and chunks > 1 else "stream")
     assert plan.products == (4 if plan.kind == "resweep" and want_weight else 2 + want_weight)
     if chunks == 1 and rows > 4096:
         in_rows = 4096 * problem.row_bytes + 4 * 4096 * 128256 + (8 << 20) + 4096 * problem.row_scratch_bytes
@@ -308,7 +308,7 @@ def test_workspace_strings(text, expected):
 
 def test_rows_of_the_buffer_are_aligned():
     for itemsize, vocab in product([2, 4, 8], [1, 7, 8, 50257, 128256]):
-        problem = Problem("token", 4, 8, vocab, itemsize, True, True, False)
+        problem = Problem("later", 4, 8, vocab, itemsize, True, True, False)
         assert problem.row_pitch * itemsize % 16 == 0
         assert 0 <= problem.row_pitch - vocab < 16 // itemsize
 
@@ -317,8 +317,8 @@ def test_explain_plan_reads_the_layout():
     padded = make_batch((4, 3, 5, 2))
     plan = padded.call(sf.explain_plan)
     packed: Batch = pack(padded)
-    assert plan.problem.pair_rows == (9, 5)
+    assert plan.problem.unit_rows == (9, 5)
     assert packed.call(sf.explain_plan).problem == plan.problem
     # The shift loses the first label of a sequence that begins with one.
     unprompted = make_batch((4, 3, 5, 2), prompt=0)
-    assert unprompted.call(sf.explain_plan, shift=True).problem.pair_rows == (7, 3)
+    assert unprompted.call(sf.explain_plan, shift=True).problem.unit_rows == (7, 3)

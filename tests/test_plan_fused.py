@@ -19,7 +19,7 @@ from slime_fused.engine.plan import (
 from slime_fused.engine.problem import Problem, padded_cols
 
 # Four pairs of 2048 rows at the head of a Llama 3 8B, bfloat16.
-LLAMA = Problem("slime", 8192, 4096, 128256, 2, True, True, False, (2048,) * 4, linear_stats_row_bytes=12 * 1002)
+LLAMA = Problem("pair", 8192, 4096, 128256, 2, True, True, False, (2048,) * 4, linear_stats_row_bytes=12 * 1002)
 
 
 def plan_of(fitting: float, /, **changes) -> Plan:
@@ -33,20 +33,20 @@ def wants(*names: str) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("rows", [1, 100, 500, 2047, 4096, 8192])
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy", "token"])
+@pytest.mark.parametrize("unit", ["pair", "token", "later"])
 @pytest.mark.parametrize("wanted", [(), ("hidden",), ("hidden", "weight"), ("hidden", "weight", "bias")], ids=str)
-def test_never_without_linear_stats(wanted, operation, rows):
-    assert plan_of(rows, operation=operation, linear_stats_row_bytes=0, **wants(*wanted)).kind != "fused"
+def test_never_without_linear_stats(wanted, unit, rows):
+    assert plan_of(rows, unit=unit, linear_stats_row_bytes=0, **wants(*wanted)).kind != "fused"
 
 
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy", "token"])
-def test_evaluation_where_few_rows_fit(operation):
-    without = {"operation": operation, **wants()}
+@pytest.mark.parametrize("unit", ["pair", "token", "later"])
+def test_evaluation_where_few_rows_fit(unit):
+    without = {"unit": unit, **wants()}
     assert plan_of(FUSED_BELOW_ROWS - 1, **without).kind == "fused"
     assert plan_of(FUSED_BELOW_ROWS, **without).kind == "eval"
     assert plan_of(1, **without).kind == "fused"
     # All rows at once: one product either way, and the logits are where they may be.
-    few = {"rows": 500, "pair_rows": (500,)}
+    few = {"rows": 500, "unit_rows": (500,)}
     assert plan_of(500, **without, **few).kind == "eval"
     assert plan_of(499, **without, **few).kind == "fused"
     for fitting, chunks in ((100, 4), (500, 1)):
@@ -58,13 +58,13 @@ def test_evaluation_where_few_rows_fit(operation):
 
 @pytest.mark.parametrize("wanted", [("weight",), ("hidden", "weight"), ("hidden", "weight", "bias"), ("bias",),
                                     ("hidden", "bias")], ids="+".join)  # fmt: skip
-@pytest.mark.parametrize("operation", ["slime", "token"])
-def test_always_in_place_of_a_resweep_that_forms_logits_again(operation, wanted):
+@pytest.mark.parametrize("unit", ["pair", "later"])
+def test_always_in_place_of_a_resweep_that_forms_logits_again(unit, wanted):
     """As many products, and no accumulator: whatever the rows of a chunk (here more than FUSED_BELOW_ROWS too)."""
     for rows in (100, 2047):
         # So many rows that one chunk is no way out.
-        many = {"rows": 32768, "pair_rows": (2048,) * 16}
-        changes = {"operation": operation, **many, **wants(*wanted)}
+        many = {"rows": 32768, "unit_rows": (2048,) * 16}
+        changes = {"unit": unit, **many, **wants(*wanted)}
         plan, other = plan_of(rows, **changes), plan_of(rows, linear_stats_row_bytes=0, **changes)
         assert (plan.kind, other.kind) == ("fused", "resweep")
         assert plan.products == other.products == 2 + ("hidden" in wanted) + ("weight" in wanted)
@@ -73,27 +73,27 @@ def test_always_in_place_of_a_resweep_that_forms_logits_again(operation, wanted)
 
 
 def test_a_compiled_graph_that_cannot_keep_the_residual():
-    assert plan_of(8192, operation="token", keeps_residual=False).kind == "fused"
-    assert plan_of(8192, operation="token", keeps_residual=True).kind == "stream"
+    assert plan_of(8192, unit="later", keeps_residual=False).kind == "fused"
+    assert plan_of(8192, unit="later", keeps_residual=True).kind == "stream"
 
 
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy"])
+@pytest.mark.parametrize("unit", ["pair", "token"])
 @pytest.mark.parametrize("wanted", [("weight",), ("hidden", "weight")], ids="+".join)
-def test_in_place_of_a_stream_of_small_chunks(operation, wanted):
+def test_in_place_of_a_stream_of_small_chunks(unit, wanted):
     """8192 of 128256 columns' worth of dX is added as well, so the limit is a sixteenth below FUSED_BELOW_ROWS."""
-    changes = {"operation": operation, "pair_rows": (16,) * 512, **wants(*wanted)}
+    changes = {"unit": unit, "unit_rows": (16,) * 512, **wants(*wanted)}
     assert plan_of(FUSED_BELOW_ROWS * 15 / 16 - 64, **changes).kind == "fused"
     assert plan_of(FUSED_BELOW_ROWS, **changes).kind == "stream"
     assert plan_of(100, **changes, linear_stats_row_bytes=0).kind == "stream"
     if "hidden" not in wanted:
         assert plan_of(FUSED_BELOW_ROWS - 1, **changes).kind == "fused"
     # One chunk accumulates nothing.
-    assert plan_of(512, **{**changes, "pair_rows": (512,), "rows": 512}).kind == "stream"
+    assert plan_of(512, **{**changes, "unit_rows": (512,), "rows": 512}).kind == "stream"
 
 
 def test_not_where_adding_to_d_hidden_costs_as_much():
     """More rows than columns: a workspace that holds 512 rows holds 256 columns."""
-    changes = {"operation": "cross_entropy", "rows": 65536, "vocab_size": 32768, "linear_stats_row_bytes": 3072}
+    changes = {"unit": "token", "rows": 65536, "vocab_size": 32768, "linear_stats_row_bytes": 3072}
     assert plan_of(512, **changes).kind == "stream"
     assert plan_of(512, **{**changes, "rows": 4096}).kind == "fused"
     assert plan_of(512, **changes, **wants("weight")).kind == "fused", "no dX to add to"
@@ -102,15 +102,15 @@ def test_not_where_adding_to_d_hidden_costs_as_much():
 @pytest.mark.parametrize("itemsize", [4, 8])
 def test_wide_dtypes_stream_small_chunks(itemsize):
     """Their dW needs no float32 copy, and their products hide the addition."""
-    changes = {"pair_rows": (32,) * 256, "itemsize": itemsize}
+    changes = {"unit_rows": (32,) * 256, "itemsize": itemsize}
     assert plan_of(100, **changes).kind == "stream"
     assert plan_of(20, **changes).kind == "fused", "a resweep otherwise"
 
 
-@pytest.mark.parametrize("operation", ["slime", "cross_entropy", "token"])
+@pytest.mark.parametrize("unit", ["pair", "token", "later"])
 @pytest.mark.parametrize("rows", [1, 100, 2047, 4096])
-def test_never_with_a_frozen_head(rows, operation):
-    plan = plan_of(rows, operation=operation, **wants("hidden"))
+def test_never_with_a_frozen_head(rows, unit):
+    plan = plan_of(rows, unit=unit, **wants("hidden"))
     assert plan.kind in ("stream", "resweep")
     assert plan.products == 2
 
@@ -118,7 +118,7 @@ def test_never_with_a_frozen_head(rows, operation):
 @pytest.mark.parametrize("wanted", [("bias",), ("hidden", "bias")], ids="+".join)
 def test_a_bias_alone_keeps_the_stream(wanted):
     """db needs no product and no float32 dW: a stream is one product less."""
-    changes = {"operation": "cross_entropy", **wants(*wanted)}
+    changes = {"unit": "token", **wants(*wanted)}
     plan = plan_of(100, **changes)
     assert plan.kind == "stream"
     assert plan.products == len(wanted)
@@ -130,14 +130,14 @@ def test_only_where_a_block_of_columns_fits():
     plan = make_plan(LLAMA, LLAMA.rows * row_of_block - 1)
     assert plan.kind == "resweep"
     # A vocabulary narrower than that is one block, if anything.
-    narrow = {"vocab_size": 100, "linear_stats_row_bytes": 12, "operation": "token", "keeps_residual": False}
+    narrow = {"vocab_size": 100, "linear_stats_row_bytes": 12, "unit": "later", "keeps_residual": False}
     assert plan_of(8192, **narrow).block_cols == 100
     assert plan_of(8191, **narrow).kind == "resweep"
 
 
 def test_no_rows():
     for changes in (wants(), wants("hidden", "weight")):
-        plan = plan_of(100, operation="token", rows=0, pair_rows=(), **changes)
+        plan = plan_of(100, unit="later", rows=0, unit_rows=(), **changes)
         assert plan.kind != "fused"
         assert plan.chunks == ()
 
@@ -161,7 +161,7 @@ def test_the_printed_plan_tells_the_numbers():
 
 fused_problems = st.builds(
     Problem,
-    operation=st.sampled_from(["slime", "cross_entropy", "token"]),
+    unit=st.sampled_from(["pair", "token", "later"]),
     rows=st.just(0),
     hidden_size=st.integers(1, 5000),
     vocab_size=st.integers(1, 300_000),
@@ -169,7 +169,7 @@ fused_problems = st.builds(
     want_hidden=st.booleans(),
     want_weight=st.booleans(),
     want_bias=st.booleans(),
-    pair_rows=st.lists(st.integers(2, 400), min_size=1, max_size=40).map(tuple),
+    unit_rows=st.lists(st.integers(2, 400), min_size=1, max_size=40).map(tuple),
     keeps_residual=st.booleans(),
 )
 
@@ -179,7 +179,7 @@ fused_problems = st.builds(
 )
 def test_whatever_is_chosen_covers_everything_within_the_budget(problem, capacity, slack, tile):
     row_bytes = 12 * -(-problem.vocab_size // tile)
-    problem = replace(problem, rows=sum(problem.pair_rows), linear_stats_row_bytes=row_bytes)
+    problem = replace(problem, rows=sum(problem.unit_rows), linear_stats_row_bytes=row_bytes)
     workspace = capacity * problem.row_bytes + slack
     plan = make_plan(problem, workspace)
     other = make_plan(replace(problem, linear_stats_row_bytes=0), workspace)

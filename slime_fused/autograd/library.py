@@ -7,43 +7,47 @@ the per-token loss forms its logits again. Gradients that nobody wants are empty
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import (
-    SlimeParameters,
-    TokenPass,
-    refuse_transformed_backward,
-    run_cross_entropy,
-    run_slime,
-)
-from slime_fused.backends.base import TokenLoss, acc_dtype
-from slime_fused.engine.calls import HeadOptions, Wants, prepare_call
+from slime_fused.autograd.functions import TokenPass, run_cross_entropy
+from slime_fused.autograd.gradient_store import refuse_transformed_backward
+from slime_fused.autograd.unit_losses import run_unit_loss
+from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, LossKind, Wants, prepare_call
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.sweeps import unscaled_dtype
+from slime_fused.losses.registry import loss_of
 
-# Schemas share these fragments; `flat_options` produces the last one's values.
+# Schemas share these fragments; `flat_request` produces the values of the last one.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
 _TOKEN_LOSS = "float label_smoothing, float z_loss"
 _OPTIONS = (
-    "bool shift, int ignore_index, float logit_scale, float? logit_softcap, str backend, str workspace, "
-    "str? tp_group, str? cp_group, str? dp_group, ScalarType? logits_dtype, ScalarType? compute_dtype, "
-    "bool want_hidden, bool want_weight, bool want_bias"
+    "bool shift, int ignore_index, float logit_scale, float? logit_softcap, float temperature, str backend, "
+    "str workspace, str? tp_group, str? cp_group, str? dp_group, ScalarType? logits_dtype, "
+    "ScalarType? compute_dtype, bool want_hidden, bool want_weight, bool want_bias"
 )
 
 
-def flat_options(options: HeadOptions, wants: Wants) -> tuple[Any, ...]:
-    """The values of the schemas' last fourteen arguments."""
-    o = options
-    workspace = str(o.workspace)
-    fields = (o.shift, o.ignore_index, o.logit_scale, o.logit_softcap, o.backend, workspace)
-    return *fields, o.tp_group, o.cp_group, o.dp_group, o.logits_dtype, o.compute_dtype, *wants.flags
+def flat_request(request: LinearRequest) -> tuple[Any, ...]:
+    """The values of the schemas' last fifteen arguments."""
+    rows, o = request.rows, request.options
+    head = (o.transform.scale, o.transform.softcap, o.transform.temperature, o.backend, str(o.workspace))
+    groups = (o.tp_group, o.cp_group, o.dp_group)
+    return rows.shift, rows.ignore_index, *head, *groups, o.logits_dtype, o.compute_dtype, *request.wants.flags
 
 
-def _options(flat: tuple[Any, ...]) -> tuple[HeadOptions, Wants]:
-    return HeadOptions(*flat[:11]), Wants(*flat[11:])
+def _request(labels: Tensor, cu_seqlens: Tensor | None, flat: Sequence[Any]) -> LinearRequest:
+    shift, ignore_index, scale, softcap, temperature, backend, workspace, *groups, logits_dtype, compute_dtype = (
+        flat[:-3]
+    )
+    options = HeadOptions(
+        HeadTransform(scale, softcap, temperature), logits_dtype, compute_dtype, backend, workspace, *groups
+    )
+    return LinearRequest(LabelledRows(labels, cu_seqlens, shift, ignore_index), options, Wants(*flat[-3:]))
 
 
 def _waiting(hidden: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype | None) -> GradientDtypes:
@@ -89,43 +93,55 @@ def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     return *gradients, *[None] * ctx.num_rest
 
 
-# --- slime_loss: the outputs of SlimeLossFunction, the gradients as they wait, the scale of d_weight ---
+# --- unit_loss: the tensors of UnitOutputs, the gradients as they wait, the scale of d_weight ---
 
 
-def _slime_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
-    cu_seqlens, numbers, reduction, *flat = rest
-    parameters = SlimeParameters(tuple(numbers), reduction)
-    options, wants = _options(tuple(flat))
-    outputs, gradients, _ = run_slime(hidden, weight, bias, labels, cu_seqlens, parameters, options, wants)
-    dtypes = _waiting(hidden, weight, bias, options.compute_dtype)
-    return *outputs, *_dense(gradients, hidden, dtypes), _scale_of(gradients, outputs[0])
+def _unit_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
+    cu_seqlens, key, given, names, wants_logps, *flat = rest
+    request = _request(labels, cu_seqlens, flat)
+    by_name = dict(zip(names.split(), given, strict=True))
+    outputs, gradients, _ = run_unit_loss(hidden, weight, bias, request, loss_of(key), by_name, wants_logps)
+    dtypes = _waiting(hidden, weight, bias, request.options.compute_dtype)
+    logps = outputs.logps.view(labels.shape) if wants_logps else outputs.logps
+    tensors = (outputs.loss, outputs.numbers, outputs.mean_logps, logps)
+    return *tensors, *_dense(gradients, hidden, dtypes), _scale_of(gradients, outputs.loss)
 
 
-def _slime_loss_fake(
+def _unit_loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    cu_seqlens = rest[0]
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    cu_seqlens, key, _, _, wants_logps, *_ = rest
+    loss = loss_of(key)
+    sequences = LabelledRows(labels, cu_seqlens).num_sequences
+    numbers = len(loss.term_names) + len(loss.metric_names)
+    shapes: tuple[Any, ...] = ((), numbers, sequences, labels.shape if wants_logps else 0)
     dtype = acc_dtype(hidden.dtype)
-    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(5)]
-    pairs = [hidden.new_empty(sequences // 2, dtype=dtype) for _ in range(2)]
+    outputs = [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
     gradients = _fake_gradients(hidden, weight, _waiting(hidden, weight, bias, rest[-4]), rest[-3:])
-    return *scalars[:4], *pairs, *gradients, scalars[4]
+    return *outputs, *gradients, hidden.new_empty((), dtype=dtype)
 
 
-def _slime_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save_gradients(ctx, inputs, output[6:])
+def _unit_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_gradients(ctx, inputs, output[4:])
+    ctx.num_given = len(inputs[6])
     ctx.mark_non_differentiable(*output[1:])
 
 
-slime_loss_op = torch.library.custom_op(
-    "slime_fused::slime_loss",
-    _slime_loss,
+def _unit_loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    gradients = _scaled_gradients(ctx, upstream)
+    # The list of what was given wants a list.
+    return *gradients[:6], [None] * ctx.num_given, *gradients[7:]
+
+
+unit_loss_op = torch.library.custom_op(
+    "slime_fused::unit_loss",
+    _unit_loss,
     mutates_args=(),
-    schema=f"({_HEAD}, float[] numbers, str reduction, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    schema=f"({_HEAD}, str loss, Tensor[] given, str names, bool wants_logps, {_OPTIONS})"
+    f" -> ({', '.join(['Tensor'] * 8)})",
 )
-slime_loss_op.register_fake(_slime_loss_fake)
-slime_loss_op.register_autograd(_scaled_gradients, setup_context=_slime_loss_setup)
+unit_loss_op.register_fake(_unit_loss_fake)
+unit_loss_op.register_autograd(_unit_loss_autograd, setup_context=_unit_loss_setup)
 
 
 # --- linear_cross_entropy: the mean or summed loss, its gradients as they wait, the scale of d_weight ---
@@ -135,12 +151,10 @@ def _cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     cu_seqlens, mean, label_smoothing, z_loss, *flat = rest
+    request = _request(labels, cu_seqlens, flat)
     token_loss = TokenLoss(label_smoothing, z_loss)
-    options, wants = _options(tuple(flat))
-    loss, gradients, _ = run_cross_entropy(
-        hidden, weight, bias, labels, cu_seqlens, mean, token_loss, options, wants
-    )
-    dtypes = _waiting(hidden, weight, bias, options.compute_dtype)
+    loss, gradients, _ = run_cross_entropy(hidden, weight, bias, request, mean, token_loss)
+    dtypes = _waiting(hidden, weight, bias, request.options.compute_dtype)
     return loss, *_dense(gradients, hidden, dtypes), _scale_of(gradients, loss)
 
 
@@ -171,12 +185,8 @@ def _token_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rest: tuple[Any, ...]
 ) -> TokenPass:
     cu_seqlens, label_smoothing, z_loss, *flat = rest
-    token_loss = TokenLoss(label_smoothing, z_loss)
-    options, wants = _options(tuple(flat))
-    call = prepare_call(
-        "token", hidden, weight, labels, bias, cu_seqlens, options, wants, token_loss, keeps_residual=False
-    )
-    return TokenPass(call)
+    kind = LossKind("later", TokenLoss(label_smoothing, z_loss), keeps_residual=False)
+    return TokenPass(prepare_call(kind, hidden, weight, bias, _request(labels, cu_seqlens, flat)))
 
 
 def _token_loss(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import refuse_transformed_backward
+from slime_fused.autograd.gradient_store import refuse_transformed_backward
 from slime_fused.autograd.tensors import materialize
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss

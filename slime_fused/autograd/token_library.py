@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from slime_fused.autograd import logits_passes
-from slime_fused.autograd.functions import SlimeParameters, refuse_transformed_backward, run_slime_terms
+from slime_fused.autograd.functions import run_slime_terms
+from slime_fused.autograd.gradient_store import refuse_transformed_backward
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.losses.registry import loss_of
 
 # --- segment_sum: (N,) values over S segments ---
 
@@ -70,18 +72,14 @@ segment_sum_op.register_autograd(_segment_sum_autograd, setup_context=_segment_s
 # --- slime_terms: the outputs of SlimeTermsFunction, and dL/dlogp ---
 
 
-def _slime_terms(
-    logp: Tensor, cu_seqlens: Tensor, numbers: list[float], reduction: str, backend: str, want_logp: bool
-) -> tuple[Tensor, ...]:
-    parameters = SlimeParameters(tuple(numbers), reduction)
-    outputs, d_logp = run_slime_terms(logp, cu_seqlens, parameters, backend, want_logp)
+def _slime_terms(logp: Tensor, cu_seqlens: Tensor, loss: str, backend: str, want_logp: bool) -> tuple[Tensor, ...]:
+    outputs, d_logp = run_slime_terms(logp, cu_seqlens, loss_of(loss), backend, want_logp)
     return *outputs, logp.new_empty(0) if d_logp is None else d_logp
 
 
 def _slime_terms_fake(logp: Tensor, cu_seqlens: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    pairs = (cu_seqlens.shape[0] - 1) // 2
-    scalars, by_pair = [logp.new_empty(()) for _ in range(4)], [logp.new_empty(pairs) for _ in range(2)]
-    return *scalars, *by_pair, logp.new_empty(logp.shape if rest[-1] else (0,))
+    shapes: tuple[Any, ...] = ((), 3, cu_seqlens.shape[0] - 1, logp.shape if rest[-1] else 0)
+    return tuple(logp.new_empty(shape) for shape in shapes)
 
 
 def _slime_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,15 +90,15 @@ def _slime_terms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _slime_terms_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     refuse_transformed_backward(upstream)
     (d_logp,) = ctx.saved_tensors
-    return d_logp * upstream, None, None, None, None, None
+    return d_logp * upstream, None, None, None, None
 
 
 slime_terms_op = torch.library.custom_op(
     "slime_fused::slime_terms",
     _slime_terms,
     mutates_args=(),
-    schema="(Tensor logp, Tensor cu_seqlens, float[] numbers, str reduction, str backend, bool want_logp)"
-    f" -> ({', '.join(['Tensor'] * 7)})",
+    schema="(Tensor logp, Tensor cu_seqlens, str loss, str backend, bool want_logp)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 slime_terms_op.register_fake(_slime_terms_fake)
 slime_terms_op.register_autograd(_slime_terms_autograd, setup_context=_slime_terms_setup)

@@ -31,6 +31,7 @@ class HeadTransform:
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,30 +15,59 @@ from slime_fused.engine.chunks import Head
 from slime_fused.engine.distributed import ContextShard, VocabShard, find_group
 from slime_fused.engine.gradients import GradientDtypes
 from slime_fused.engine.layout import TokenLayout, check_pairs, require_responses, resolve_layout
-from slime_fused.engine.plan import Plan, make_plan, resolve_workspace
-from slime_fused.engine.problem import Operation, Problem
+from slime_fused.engine.plan import Plan, make_plan
+from slime_fused.engine.problem import Problem, Unit
+from slime_fused.engine.workspace import resolve_workspace
+
+if TYPE_CHECKING:  # a torch without distributed support has no such class
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Which rows of the hidden states carry which label."""
+
+    labels: Tensor
+    """(S, T), or (N_all,), int64."""
+    cu_seqlens: Tensor | None = None
+    """(S + 1,) int32 boundaries of packed sequences."""
+    shift: bool = False
+    ignore_index: int = -100
+    layout: TokenLayout | None = None
+    """That of the labels, where the caller had it. No part of an operator's schema."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1
+        return prod(self.labels.shape[:-1])
+
+    def resolve(self, vocab_size: int) -> TokenLayout:
+        """The layout of the rows; checks the labels. Waits for the device where the caller had none."""
+        if self.layout is not None:
+            self.layout.require_below(vocab_size)
+            return self.layout
+        return resolve_layout(
+            self.labels, self.cu_seqlens, vocab_size=vocab_size, shift=self.shift, ignore_index=self.ignore_index
+        )
 
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """The keyword arguments that every linear loss shares."""
+    """What the head does with its products, what may be spent on them, and who shares the work."""
 
-    shift: bool = False
-    ignore_index: int = -100
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    transform: HeadTransform = field(default_factory=HeadTransform)
+    logits_dtype: torch.dtype | None = None
+    """float32 for products of 16-bit operands that are not rounded to their dtype. None: the operands' dtype."""
+    compute_dtype: torch.dtype | None = None
+    """What autocast has the products run in: the head's tensors are cast to it. None: their own dtype."""
     backend: str = "auto"
     workspace: int | str = "auto"
     tp_group: str | None = None
     """Groups go by name, so that an operator's schema can hold them."""
     cp_group: str | None = None
     dp_group: str | None = None
-    logits_dtype: torch.dtype | None = None
-    """float32 for products of 16-bit operands that are not rounded to their dtype. None: the operands' dtype."""
-    compute_dtype: torch.dtype | None = None
-    """What autocast has the products run in: the head's tensors are cast to it. None: their own dtype."""
-    layout: TokenLayout | None = None
-    """That of the labels, where the caller had it. No part of an operator's schema."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +95,29 @@ class Wants:
 
 
 @dataclass(frozen=True)
+class LinearRequest:
+    """What a caller of a linear loss asks for, beside the head's three tensors."""
+
+    rows: LabelledRows
+    options: HeadOptions
+    wants: Wants
+
+
+@dataclass(frozen=True)
+class LossKind:
+    """What the engine must know of a loss."""
+
+    unit: Unit
+    """What decides a row's coefficient."""
+    token_loss: TokenLoss = field(default_factory=TokenLoss)
+    """Of which a residual is the gradient."""
+    is_paired: bool = False
+    """Whether the sequences are P chosen and P rejected responses, none of them empty."""
+    keeps_residual: bool = True
+    """"later": whether the residual may stay alive until backward."""
+
+
+@dataclass(frozen=True)
 class Call:
     """Everything that one call of a linear loss runs with."""
 
@@ -80,83 +134,63 @@ class Call:
 
 
 def prepare_call(
-    operation: Operation,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: HeadOptions,
-    wants: Wants,
-    token_loss: TokenLoss,
-    *,
-    keeps_residual: bool = True,
+    kind: LossKind, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LinearRequest
 ) -> Call:
     """Resolve backend, layout and plan. Waits for the device once, to count the labels.
 
-    Shapes and dtypes have been checked; what depends on the values of ``labels`` and ``cu_seqlens`` is checked
-    here (ValueError).
+    Shapes and dtypes have been checked; what depends on the values of labels and boundaries is checked here
+    (ValueError).
     """
+    options, wants = request.options, request.wants
     grad_dtypes = GradientDtypes.of(hidden, weight, bias)
     if options.compute_dtype is not None:
         hidden, weight = hidden.to(options.compute_dtype), weight.to(options.compute_dtype)
     logits_dtype = options.logits_dtype or hidden.dtype
     backend = resolve_backend(options.backend, hidden.device, hidden.dtype)
     tp_group, cp_group = find_group(options.tp_group), find_group(options.cp_group)
-    shard = None if tp_group is None else VocabShard.of(hidden, weight, labels, wants.flags, tp_group)
-
-    def resolve() -> TokenLayout:
-        vocab_size = weight.shape[0] if shard is None else shard.vocab_size
-        if options.layout is not None:
-            options.layout.require_below(vocab_size)
-            return options.layout
-        return resolve_layout(
-            labels,
-            cu_seqlens,
-            vocab_size=vocab_size,
-            shift=options.shift,
-            ignore_index=options.ignore_index,
-        )
-
-    context = None
-    if cp_group is None:
-        layout = resolve()
-    else:
-        layout, context = ContextShard.of(resolve, wants.flags, cp_group, hidden.device)
-    if operation == "slime":
+    shard = None
+    if tp_group is not None:
+        shard = VocabShard.of(hidden, weight, request.rows.labels, wants.flags, tp_group)
+    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+    layout, context = resolve_rows(request, vocab_size, cp_group, hidden.device)
+    if kind.is_paired:
         check_pairs(len(layout.lengths))
         require_responses(layout.lengths if context is None else context.total_lengths)
     head = Head(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
         bias=None if bias is None else bias.to(logits_dtype).contiguous(),
-        transform=HeadTransform(options.logit_scale, options.logit_softcap),
-        token_loss=token_loss,
+        transform=options.transform,
+        token_loss=kind.token_loss,
         backend=backend,
         grad_dtypes=grad_dtypes,
         logits_dtype=logits_dtype,
         shard=shard,
     )
-    problem = make_problem(operation, head, layout, wants, context, keeps_residual=keeps_residual)
+    problem = make_problem(kind, head, layout, wants, context)
     workspace = resolve_workspace(options.workspace, problem, is_gpu=hidden.device.type != "cpu")
     return Call(head, layout, make_plan(problem, workspace), context)
 
 
+def resolve_rows(
+    request: LinearRequest, vocab_size: int, cp_group: ProcessGroup | None, device: torch.device
+) -> tuple[TokenLayout, ContextShard | None]:
+    """The layout of this process's rows, and what the others of ``cp_group`` hold."""
+    if cp_group is None:
+        return request.rows.resolve(vocab_size), None
+    return ContextShard.of(lambda: request.rows.resolve(vocab_size), request.wants.flags, cp_group, device)
+
+
 def make_problem(
-    operation: Operation,
-    head: Head,
-    layout: TokenLayout,
-    wants: Wants,
-    context: ContextShard | None,
-    *,
-    keeps_residual: bool = True,
+    kind: LossKind, head: Head, layout: TokenLayout, wants: Wants, context: ContextShard | None
 ) -> Problem:
     """The planner's view of a call, the same on all processes that share it: their chunks must meet."""
-    pairs = len(layout.lengths) // 2 if operation == "slime" else 0
+    # Tokens that processes share come together by whole sequences only.
+    unit: Unit = "sequence" if kind.unit == "token" and context is not None else kind.unit
     lengths = layout.lengths if context is None else context.largest_lengths
     weight, backend = head.weight, head.backend
     return Problem(
-        operation=operation,
+        unit=unit,
         rows=layout.num_rows,
         hidden_size=weight.shape[1],
         vocab_size=weight.shape[0] if head.shard is None else head.shard.largest,
@@ -167,11 +201,18 @@ def make_problem(
         want_hidden=wants.hidden,
         want_weight=wants.weight,
         want_bias=wants.bias,
-        pair_rows=tuple(lengths[i] + lengths[pairs + i] for i in range(pairs)),
-        keeps_residual=keeps_residual,
+        unit_rows=_unit_rows(unit, lengths),
+        keeps_residual=kind.keeps_residual,
         linear_stats_row_bytes=(
             backend.linear_stats_row_bytes(weight)
             if isinstance(backend, LinearStatsBackend) and head.shard is None and context is None
             else 0
         ),
     )
+
+
+def _unit_rows(unit: Unit, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    if unit == "pair":
+        pairs = len(lengths) // 2
+        return tuple(lengths[i] + lengths[pairs + i] for i in range(pairs))
+    return {"sequence": lengths, "batch": (sum(lengths),)}.get(unit, ())

@@ -111,6 +111,13 @@ class RowSet:
                 products.scale_rows(value[part], coefficient[part], out=target[begin:end])
             done = part.stop
 
+    def put_labelled(self, target: Tensor, value: Tensor) -> None:
+        """Write (M, ...) to these rows of (N, ...), a tensor that holds the labelled rows alone."""
+        done = 0
+        for begin, end in self.spans:
+            target[begin:end] = value[done : done + end - begin]
+            done += end - begin
+
     def of_labelled(self, source: Tensor) -> Tensor:
         """(N, ...) -> (M, ...), for a tensor that holds the labelled rows alone."""
         return join([source[a:b] for a, b in self.spans])

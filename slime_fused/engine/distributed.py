@@ -4,8 +4,8 @@
 group     each process holds        what travels                                   gradients it gets
 ========= ========================= ============================================== ==============================
 tp_group  rows [v0, v1) of W and b  3 numbers per row of logits, then R W          all of dX; its rows of dW, db
-cp_group  some tokens of every pair one log-prob per token                         dX of its tokens; their dW, db
-dp_group  some of the pairs         two counts                                     of its pairs
+cp_group  some tokens of every pair 1 log-prob per token (and what is given for it)   dX of its tokens; their dW, db
+dp_group  some of the pairs         three counts                                   of its pairs
 ========= ========================= ============================================== ==============================
 
 Everything else is the single-process path. Groups are carried by name, so that an operator's schema can hold them.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.stats import VocabStats
+from slime_fused.engine.units import BatchCounts
 
 
 @dataclass(frozen=True)
@@ -165,27 +166,18 @@ class ContextShard:
         return whole, torch.tensor(bounds, dtype=torch.int32, device=device), own.to(device)
 
 
-@dataclass(frozen=True)
-class BatchShare:
-    """What a loss is divided by: the pairs and rejected tokens of a batch, of which a process holds a part.
+def count_batch(lengths: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> BatchCounts:
+    """What a mean over the batch divides by, from the labelled tokens of this process's sequences.
 
-    With several processes each divides by the batch's counts per process, so that the mean of their losses (and of
-    their gradients, which data-parallel wrappers take) is that of the whole batch.
+    With several processes that hold other sequences each, it is the batch's counts per process, so that the mean of
+    their losses (and of their gradients, which data-parallel wrappers take) is that of the whole batch.
     """
-
-    pairs: float
-    rejected_tokens: float
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> BatchShare:
-        """From the lengths of this process's sequences, those of the rejected responses in the second half."""
-        pairs = len(lengths) // 2
-        counts = [pairs, sum(lengths[pairs:])]
-        if group is None:
-            return cls(*counts)
-        total = torch.tensor(counts, dtype=torch.int64, device=device)
-        dist.all_reduce(total, group=group)
-        return cls(*(count / dist.get_world_size(group) for count in total.tolist()))
+    counts = [len(lengths), sum(lengths), sum(lengths[: len(lengths) // 2])]
+    if group is None:
+        return BatchCounts(*counts)
+    total = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=group)
+    return BatchCounts(*(count / dist.get_world_size(group) for count in total.tolist()))
 
 
 def gather_ints(values: Sequence[int | Tensor], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:

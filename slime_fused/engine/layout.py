@@ -47,7 +47,22 @@ class TokenLayout:
 
     def row_targets(self) -> Tensor:
         """(N,) int64: the targets of the rows that have one."""
-        return self.targets if self.rows is None else self.targets.index_select(0, self.rows)
+        return self.of_labelled(self.targets)
+
+    def of_labelled(self, values: Tensor) -> Tensor:
+        """(N_all, ...) -> (N, ...): those of the rows that have a target."""
+        return values if self.rows is None else values.index_select(0, self.rows)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N,) of the rows that have a target -> (N_all,), 0 elsewhere."""
+        if self.rows is None:
+            return values
+        return values.new_zeros(self.targets.shape[0]).index_copy_(0, self.rows, values)
+
+    def to_labelled(self, values: Tensor) -> Tensor:
+        """(S,) -> (N,): that of its sequence for each row that has a target."""
+        index = torch.repeat_interleave(self.ints(self.lengths).long(), output_size=self.num_rows)
+        return values.index_select(0, index)
 
     def require_below(self, vocab_size: int) -> None:
         """Refuse targets that do not lie below ``vocab_size``, where that is not known; see `check_label_range`."""

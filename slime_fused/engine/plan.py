@@ -5,13 +5,14 @@ plan     when                                                 N x V x D products
 ======== ==================================================== ======================= ====================
 eval     no gradient is wanted                                1                       1
 stream   a chunk's coefficients are known with its log-probs  3                       2
-resweep  a pair's logits do not fit the workspace             4                       2
+resweep  a unit's logits do not fit the workspace             4                       2
 fused    few rows fit, and the backend has ``linear_stats``   4                       never chosen
 ======== ==================================================== ======================= ====================
 
-What is known with a chunk's log-probs: for SLIME, the coefficients of whole pairs; for a mean or summed
-cross-entropy, those of any row; for per-token log-probs (whose coefficients come with ``backward``) none, so
-that "stream" there means one chunk whose residual is kept until then.
+What is known with a chunk's log-probs: for a loss of pairs or sequences, the coefficients of whole ones; for a mean
+or summed cross-entropy and other losses of tokens, those of any row; for a loss that needs the whole batch, all or
+none; for per-token log-probs (whose coefficients come with ``backward``) none, so that "stream" there means one
+chunk whose residual is kept until then.
 
 "fused" never writes the logits of its forward pass, and sweeps backward over blocks of the vocabulary instead of
 blocks of rows: dW is written once in its own dtype, where chunks of rows would add into a float32 copy of it.
@@ -20,13 +21,12 @@ Without a gradient it is one product.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
-from slime_fused.engine.problem import ROW_ALIGNMENT, Problem, padded_cols, round_up
+from slime_fused.engine.problem import ROW_ALIGNMENT, Problem, format_bytes, padded_cols, round_up
 
 PlanKind = Literal["eval", "stream", "resweep", "fused"]
 
@@ -50,14 +50,18 @@ FUSED_LEAST_COLS = 256
 FUSED_COL_MULTIPLE = 128
 """Blocks of columns are multiples of this, so that no tile of a product straddles two."""
 
-_AUTO_ROWS = {"cpu": 2048, "gpu": 4096}
-_AUTO_CAP = {"cpu": 1 << 30, "gpu": 4 << 30}
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_LOSSES = {
+    "token": "a loss of tokens",
+    "sequence": "a loss of sequences",
+    "pair": "a loss of pairs",
+    "batch": "a loss of the whole batch",
+    "later": "per-token losses",
+}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Half-open range of what is worked on at once: pairs for a streamed SLIME loss, rows otherwise."""
+    """Half-open range of what is worked on at once: units where a loss of these is streamed, rows otherwise."""
 
     begin: int
     end: int
@@ -185,7 +189,7 @@ class Plan:
         ]
         lines = [
             f"plan         {self.kind}: {self.reason}",
-            f"problem      {p.operation}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
+            f"problem      {_LOSSES[p.unit]}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
             f"x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows"
             + (" (statistics; no logits are written)" if self.kind == "fused" else ""),
@@ -217,23 +221,23 @@ def make_plan(problem: Problem, workspace: int) -> Plan:
             f"workspace: expected at least {least} bytes ({format_bytes(least)}, one row "
             f"of {problem.vocab_size} logits), got {workspace}"
         )
-    by_rows = _plan_by_rows(problem, workspace)
+    by_rows = plan_by_rows(problem, workspace)
     # "fused" first: it alone keeps within a small budget without a float32 dW.
-    return _plan_fused(by_rows) or _one_chunk_instead(by_rows) or by_rows
+    return _plan_fused(by_rows) or one_chunk_instead(by_rows) or by_rows
 
 
-def _one_chunk_instead(plan: Plan) -> Plan | None:
+def one_chunk_instead(plan: Plan) -> Plan | None:
     """One chunk in place of several, where that takes no more memory: it needs no float32 copy of a 16-bit dW.
 
     It is also faster: it never adds to such a copy, casts none, and forms no logits twice.
     """
     # By what all processes that share sequences agree on: their own rows differ, and their chunks must meet.
-    problem = replace(plan.problem, rows=sum(plan.problem.pair_rows) or plan.problem.rows)
-    several = _plan_by_rows(problem, plan.workspace)
+    problem = replace(plan.problem, rows=sum(plan.problem.unit_rows) or plan.problem.rows)
+    several = plan_by_rows(problem, plan.workspace)
     if not (several.accumulates_weight_grad and several.sums_weight_grad_in_float32):
         return None
     everything = problem.buffer_bytes(problem.rows)
-    one = _plan_by_rows(problem, everything)
+    one = plan_by_rows(problem, everything)
     room = plan.workspace + several.accumulator_bytes - one.accumulator_bytes
     if several.accumulator_bytes > one.accumulator_bytes:
         # The block on the way into the accumulator is not room for logits.
@@ -241,7 +245,7 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
     is_one = len(one.chunks) == 1 and one.kind == "stream"
     if not is_one or one.workspace_bytes + one.scratch_bytes > room + several.scratch_bytes:
         return None
-    whole = _plan_by_rows(plan.problem, everything)
+    whole = plan_by_rows(plan.problem, everything)
     return replace(
         whole,
         workspace=plan.workspace,
@@ -249,20 +253,21 @@ def _one_chunk_instead(plan: Plan) -> Plan | None:
     )
 
 
-def _plan_by_rows(problem: Problem, workspace: int) -> Plan:
+def plan_by_rows(problem: Problem, workspace: int) -> Plan:
     """The plan that forms the logits of whole rows."""
     capacity = problem.rows_within(workspace)
     if not problem.wants_gradient:
         return Plan("eval", problem, _row_chunks(problem.rows, capacity), workspace, "no gradient is wanted")
-    if problem.operation == "cross_entropy":
-        reason = "the coefficient of every row is known beforehand"
+    if problem.unit == "token":
+        reason = "the coefficient of a row depends on no other row"
         return Plan("stream", problem, _row_chunks(problem.rows, capacity), workspace, reason)
-    if problem.operation == "slime":
-        largest = max(problem.pair_rows, default=0)
+    if problem.unit != "later":
+        largest = max(problem.unit_rows, default=0)
+        what = "the loss needs the whole batch, which" if problem.unit == "batch" else f"the largest {problem.unit}"
         if largest <= capacity:
-            reason = f"the largest pair ({largest} rows) fits the workspace ({capacity} rows)"
-            return Plan("stream", problem, _pair_chunks(problem.pair_rows, capacity), workspace, reason)
-        reason = f"the largest pair has {largest} rows, the workspace holds {capacity}"
+            reason = f"{what} ({largest} rows) fits the workspace ({capacity} rows)"
+            return Plan("stream", problem, _unit_chunks(problem.unit_rows, capacity), workspace, reason)
+        reason = f"{what} has {largest} rows, the workspace holds {capacity}"
     elif problem.rows <= capacity and problem.keeps_residual:
         reason = f"all rows fit the workspace ({capacity} rows): their residual is kept for backward"
         return Plan("stream", problem, _row_chunks(problem.rows, capacity), workspace, reason)
@@ -334,66 +339,20 @@ def _row_chunks(rows: int, capacity: int) -> tuple[Chunk, ...]:
     return tuple(Chunk(a, b, b - a) for a, b in pairwise(bounds))
 
 
-def _pair_chunks(pair_rows: tuple[int, ...], capacity: int) -> tuple[Chunk, ...]:
-    """Whole pairs, in order, as few chunks as that allows and about equally many rows in each."""
-    chunks = _greedy(pair_rows, capacity, capacity)
-    balanced = _greedy(pair_rows, capacity, -(-sum(pair_rows) // len(chunks)))
+def _unit_chunks(unit_rows: tuple[int, ...], capacity: int) -> tuple[Chunk, ...]:
+    """Whole units, in order, as few chunks as that allows and about equally many rows in each."""
+    chunks = _greedy(unit_rows, capacity, capacity)
+    balanced = _greedy(unit_rows, capacity, -(-sum(unit_rows) // len(chunks)))
     return balanced if len(balanced) <= len(chunks) else chunks
 
 
-def _greedy(pair_rows: tuple[int, ...], capacity: int, target: int) -> tuple[Chunk, ...]:
+def _greedy(unit_rows: tuple[int, ...], capacity: int, target: int) -> tuple[Chunk, ...]:
     chunks: list[Chunk] = []
     begin = rows = 0
-    for i, count in enumerate(pair_rows):
+    for i, count in enumerate(unit_rows):
         if i > begin and (rows >= target or rows + count > capacity):
             chunks.append(Chunk(begin, i, rows))
             begin, rows = i, 0
         rows += count
-    chunks.append(Chunk(begin, len(pair_rows), rows))
+    chunks.append(Chunk(begin, len(unit_rows), rows))
     return tuple(chunks)
-
-
-def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -> int:
-    """Bytes for ``workspace``: a number of bytes, a string such as "512MiB", or "auto".
-
-    "auto" is room for the largest pair and at least 2048 rows (4096 on a GPU: each chunk reads the head twice
-    and its gradient once, which that many rows hide behind the products), at most 1 GiB (4 GiB on a GPU); and room
-    for all rows where these take no more memory than such chunks and a float32 copy of dW (`make_plan`).
-
-    Raises TypeError or ValueError for anything else.
-    """
-    if isinstance(workspace, str):
-        if workspace == "auto":
-            return _automatic_workspace(problem, "gpu" if is_gpu else "cpu")
-        return parse_bytes(workspace)
-    if isinstance(workspace, bool) or not isinstance(workspace, int):
-        raise TypeError(f"workspace: expected 'auto', bytes, or a string such as '512MiB', got {workspace!r}")
-    if workspace <= 0:
-        raise ValueError(f"workspace: expected a positive number of bytes, got {workspace}")
-    return workspace
-
-
-@lru_cache(maxsize=256)
-def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
-    rows = max(_AUTO_ROWS[kind], *problem.pair_rows, 1)
-    workspace = max(min(problem.buffer_bytes(rows), _AUTO_CAP[kind]), problem.buffer_bytes(1))
-    one = _one_chunk_instead(_plan_by_rows(problem, workspace))
-    return workspace if one is None else max(workspace, one.workspace_bytes)
-
-
-def parse_bytes(text: str) -> int:
-    """ "512MiB" -> 536870912. Units: B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"workspace: expected 'auto', bytes, or a string such as '512MiB', got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def format_bytes(count: int) -> str:
-    """268435456 -> "256 MiB"."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} GiB"

@@ -6,7 +6,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
-Operation = Literal["slime", "cross_entropy", "token"]
+Unit = Literal["token", "sequence", "pair", "batch", "later"]
+"""What decides a row's coefficient dL/d(token loss): the log-probs of the token itself, of its sequence, its pair, or
+the whole batch; or what comes from upstream in backward ("later"), as for per-token log-probs."""
 
 ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""
@@ -23,7 +25,7 @@ does in 0.7 and 1.5 ps per entry of the head. Not yet measured.
 class Problem:
     """Everything the planner looks at."""
 
-    operation: Operation
+    unit: Unit
     rows: int
     """N: rows that carry a label."""
     hidden_size: int
@@ -33,10 +35,10 @@ class Problem:
     want_hidden: bool
     want_weight: bool
     want_bias: bool
-    pair_rows: tuple[int, ...] = ()
-    """For "slime": labelled rows of each pair (both responses)."""
+    unit_rows: tuple[int, ...] = ()
+    """For "sequence" and "pair": labelled rows of each (of a pair: both responses). For "batch": of the whole."""
     keeps_residual: bool = True
-    """For "token": whether the residual may stay alive until backward (a compiled graph cannot keep it)."""
+    """For "later": whether the residual may stay alive until backward (a compiled graph cannot keep it)."""
     linear_stats_row_bytes: int = 0
     """Scratch that the backend's ``linear_stats`` takes for each row; 0 where it has none."""
     weight_grad_itemsize: int = 0
@@ -112,3 +114,13 @@ def padded_cols(cols: int, itemsize: int) -> int:
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is no less than ``value``."""
     return -(-value // multiple) * multiple
+
+
+def format_bytes(count: int) -> str:
+    """268435456 -> "256 MiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"

@@ -1,100 +1,121 @@
-"""Runs a plan: one function per loss, over the chunk engine."""
+"""Runs a plan: chunks of units whose coefficients come with their log-probs, over the chunk engine.
+
+What a loss makes of log-probs comes in as an `Evaluation`; nothing here knows which loss it is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, SlimeWeights
-from slime_fused.engine.chunks import ChunkEngine, Head, RowSet, join
-from slime_fused.engine.distributed import BatchShare, ContextShard
+from slime_fused.engine.calls import Call
+from slime_fused.engine.chunks import ChunkEngine, Head, RowSet
 from slime_fused.engine.gradients import Gradients
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
-from slime_fused.engine.plan import Plan
+from slime_fused.engine.plan import Chunk, Plan
 from slime_fused.engine.stats import TokenStats
 from slime_fused.engine.sweeps import plan_sweep, row_sets
 
 
 @dataclass(frozen=True)
-class SlimePairs:
-    """(P,) tensors in acc dtype: mean log-probs, and each pair's share of the three terms."""
+class Part:
+    """Some units of a batch: all their rows on this process, and what a loss is told of them."""
 
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    anchor: Tensor
-    margin_loss: Tensor
-    stabilizer: Tensor
-
-
-def slime_forward(
-    head: Head,
-    layout: TokenLayout,
-    plan: Plan,
-    weights: SlimeWeights,
-    context: ContextShard | None = None,
-) -> tuple[SlimePairs, Gradients]:
-    """The SLIME loss by pair and, where wanted, the gradients of its sum."""
-    run = _slime_stream if plan.kind == "stream" else _slime_sweep
-    return run(head, layout, plan, weights, context)
+    begin: int
+    end: int
+    """Half-open range of units; of labelled rows for a loss of tokens."""
+    rows: RowSet
+    sequences: Sequence[int]
+    """Whose rows these are, in order; empty for a loss of tokens."""
+    bounds: Tensor | None
+    """(s + 1,) int32: where each of the sequences begins in the rows."""
 
 
-def _slime_stream(
-    head: Head,
-    layout: TokenLayout,
-    plan: Plan,
-    weights: SlimeWeights,
-    context: ContextShard | None,
-) -> tuple[SlimePairs, Gradients]:
-    """Whole pairs at a time: their coefficients are known as soon as their own log-probs are."""
-    num_pairs = len(layout.lengths) // 2
-    starts = cumulative(layout.lengths)
-    bounds = layout.ints(_chunk_bounds(layout, plan))
+class Evaluation(Protocol):
+    """A loss with all that it needs beside log-probs."""
+
+    def __call__(self, logps: Tensor, part: Part) -> Tensor | None:
+        """Take the log-probs (m,) of a part's rows; return dL/dlogps (m,) where a gradient is wanted."""
+
+
+def unit_forward(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
+    """(log-probs (N,) of the labelled rows, the gradients of the loss that ``evaluate`` sees in parts)."""
+    if call.plan.kind == "stream":
+        return _stream(call, evaluate)
+    return _sweep(call, evaluate)
+
+
+def _stream(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
+    """Whole units at a time: their coefficients are known as soon as their own log-probs are."""
+    head, layout, plan = call.head, call.layout, call.plan
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    parts = []
-    first = 0
-    for chunk in plan.chunks:
-        spans = [
-            (starts[chunk.begin], starts[chunk.end]),
-            (starts[num_pairs + chunk.begin], starts[num_pairs + chunk.end]),
-        ]
-        rows = RowSet(layout, spans)
-        stats = TokenStats.empty(rows.count, head.hidden)
-        residual = engine.residual(rows, stats)
-        size = 2 * (chunk.end - chunk.begin) + 1
-        chunk_bounds = bounds[first : first + size]
-        sequences = [side + i for side in (0, num_pairs) for i in range(chunk.begin, chunk.end)]
-        pairs, d_logp = _whole_terms(head.backend, stats.logp, chunk_bounds, weights, True, context, sequences)
-        first += size
-        parts.append(pairs)
-        if d_logp is not None:
-            coefficient = d_logp.neg_()
-            engine.add_hidden_grad(d_hidden, rows, residual, coefficient)
-            total.add(rows, residual, coefficient)
+    logps = TokenStats.empty(layout.num_rows, head.hidden).logp
+    for part in _parts(layout, plan):
+        stats = TokenStats.empty(part.rows.count, head.hidden)
+        residual = engine.residual(part.rows, stats)
+        part.rows.put_labelled(logps, stats.logp)
+        d_logps = evaluate(stats.logp, part)
+        if d_logps is not None:
+            coefficient = d_logps.neg_()
+            engine.add_hidden_grad(d_hidden, part.rows, residual, coefficient)
+            total.add(part.rows, residual, coefficient)
     engine.release_buffer()
-    return _join_pairs(parts), total.gradients(d_hidden)
+    return logps, total.gradients(d_hidden)
 
 
-def _slime_sweep(
-    head: Head,
-    layout: TokenLayout,
-    plan: Plan,
-    weights: SlimeWeights,
-    context: ContextShard | None,
-) -> tuple[SlimePairs, Gradients]:
+def _sweep(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
+    head, layout, plan = call.head, call.layout, call.plan
     sweep = plan_sweep(head, layout, plan)
     sweep.forward()
+    d_logps = evaluate(sweep.stats.logp, _whole(layout, plan))
+    if d_logps is None:
+        return sweep.stats.logp, Gradients(None, None, None)
+    return sweep.stats.logp, sweep.backward(d_logps.neg_())
+
+
+def _parts(layout: TokenLayout, plan: Plan) -> list[Part]:
+    """The chunks of a plan, their boundaries taken to the device in one copy."""
+    if plan.problem.unit == "token":
+        return [Part(c.begin, c.end, RowSet(layout, [(c.begin, c.end)]), (), None) for c in plan.chunks]
+    if plan.problem.unit == "batch":
+        return [_whole(layout, plan)]
+    starts = cumulative(layout.lengths)
+    sequences = [_sequences_of(chunk, layout, plan) for chunk in plan.chunks]
+    bounds = layout.ints([bound for of in sequences for bound in cumulative([layout.lengths[s] for s in of])])
+    parts, first = [], 0
+    for chunk, of in zip(plan.chunks, sequences, strict=True):
+        half = len(of) // 2
+        sides = [of] if plan.problem.unit == "sequence" else [of[:half], of[half:]]
+        spans = [(starts[side[0]], starts[side[-1] + 1]) for side in sides]
+        size = len(of) + 1
+        parts.append(Part(chunk.begin, chunk.end, RowSet(layout, spans), of, bounds[first : first + size]))
+        first += size
+    return parts
+
+
+def _sequences_of(chunk: Chunk, layout: TokenLayout, plan: Plan) -> list[int]:
+    """Of a chunk of sequences, or of pairs: their chosen ones, then their rejected ones."""
+    if plan.problem.unit == "sequence":
+        return list(range(chunk.begin, chunk.end))
+    pairs = len(layout.lengths) // 2
+    return [side + i for side in (0, pairs) for i in range(chunk.begin, chunk.end)]
+
+
+def _whole(layout: TokenLayout, plan: Plan) -> Part:
+    """All units at once."""
+    rows = RowSet(layout, [(0, layout.num_rows)])
+    if plan.problem.unit == "token":
+        return Part(0, layout.num_rows, rows, (), None)
+    count = len(layout.lengths)
     bounds = layout.ints(cumulative(layout.lengths))
-    wants, sequences = plan.problem.wants_gradient, range(len(layout.lengths))
-    pairs, d_logp = _whole_terms(head.backend, sweep.stats.logp, bounds, weights, wants, context, sequences)
-    if d_logp is None:
-        return pairs, Gradients(None, None, None)
-    return pairs, sweep.backward(d_logp.neg_())
+    return Part(0, count // 2 if plan.problem.unit == "pair" else count, rows, range(count), bounds)
 
 
 def cross_entropy_forward(
@@ -125,66 +146,6 @@ def _cross_entropy_stream(
         total.add(rows, residual, factors)
     engine.release_buffer()
     return stats.loss.sum(), total.gradients(d_hidden)
-
-
-def slime_weights(lambdas: Sequence[float], reduction: str, share: BatchShare) -> SlimeWeights:
-    """Hyperparameters (in the order of `SlimeLossConfig`) with the normalisers of this batch."""
-    token_weight = 1 / share.rejected_tokens if reduction == "token" else 0.0
-    return SlimeWeights(*(*lambdas, 1 / share.pairs, token_weight))
-
-
-def slime_terms(
-    backend: Backend, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, want_gradient: bool
-) -> tuple[SlimePairs, Tensor | None]:
-    """The terms of P pairs from (N,) log-probs, and dL/dlogp (N,) where wanted."""
-    num_pairs = (cu_seqlens.shape[0] - 1) // 2
-    pairs = SlimePairs(*(logp.new_empty(num_pairs) for _ in range(5)))
-    d_logp = torch.empty_like(logp) if want_gradient else None
-    backend.slime_terms(
-        logp,
-        cu_seqlens,
-        weights,
-        chosen_logps=pairs.chosen_logps,
-        rejected_logps=pairs.rejected_logps,
-        anchor=pairs.anchor,
-        margin_loss=pairs.margin_loss,
-        stabilizer=pairs.stabilizer,
-        d_logp=d_logp,
-    )
-    return pairs, d_logp
-
-
-def _whole_terms(
-    backend: Backend,
-    logp: Tensor,
-    bounds: Tensor,
-    weights: SlimeWeights,
-    want_gradient: bool,
-    context: ContextShard | None,
-    sequences: Sequence[int],
-) -> tuple[SlimePairs, Tensor | None]:
-    """As `slime_terms`, from this process's tokens of ``sequences`` and their boundaries."""
-    if context is None:
-        return slime_terms(backend, logp, bounds, weights, want_gradient)
-    whole, whole_bounds, own = context.complete(logp, sequences)
-    pairs, d_logp = slime_terms(backend, whole, whole_bounds, weights, want_gradient)
-    return pairs, None if d_logp is None else d_logp.index_select(0, own)
-
-
-def _chunk_bounds(layout: TokenLayout, plan: Plan) -> list[int]:
-    """The cu_seqlens of every chunk, one after the other, so that one copy takes them to the device."""
-    num_pairs = len(layout.lengths) // 2
-    bounds: list[int] = []
-    for chunk in plan.chunks:
-        chosen = layout.lengths[chunk.begin : chunk.end]
-        rejected = layout.lengths[num_pairs + chunk.begin : num_pairs + chunk.end]
-        bounds += cumulative([*chosen, *rejected])
-    return bounds
-
-
-def _join_pairs(parts: list[SlimePairs]) -> SlimePairs:
-    names = SlimePairs.__dataclass_fields__
-    return SlimePairs(*(join([getattr(p, name) for p in parts]) for name in names))
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

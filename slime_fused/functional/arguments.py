@@ -9,31 +9,33 @@ from torch import Tensor
 
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms
 from slime_fused.backends import BACKEND_NAMES
-from slime_fused.engine.calls import HeadOptions
+from slime_fused.backends.base import HeadTransform
+from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants
 from slime_fused.engine.distributed import group_name
 from slime_fused.engine.layout import IGNORED, TokenLayout, shift_labels
 from slime_fused.functional import checks
-from slime_fused.losses.config import SlimeLossConfig
 
 
-def prepare_arguments(
+def linear_request(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor | TokenLayout,
+    *,
     bias: Tensor | None,
     cu_seqlens: Tensor | None,
     shift: bool,
     ignore_index: int,
     logit_scale: float,
     logit_softcap: float | None,
+    temperature: float,
     logits_dtype: torch.dtype | None,
     backend: str,
     workspace: int | str,
     tp_group: object = None,
     cp_group: object = None,
     dp_group: object = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, HeadOptions]:
-    """Check all that shows without reading values; what comes back is plain memory."""
+) -> tuple[Tensor, Tensor, Tensor | None, LinearRequest]:
+    """(hidden, weight, bias, the rest) of a call: plain memory. Checks all that shows without reading values."""
     layout = None
     if isinstance(labels, TokenLayout):
         layout = labels
@@ -43,7 +45,7 @@ def prepare_arguments(
     checks.check_linear(
         hidden, weight, labels, bias, cu_seqlens, is_shard=tp_group is not None, is_cast=compute_dtype is not None
     )
-    checks.check_transform(logit_scale, logit_softcap, hidden.dtype)
+    checks.check_transform(logit_scale, logit_softcap, hidden.dtype, temperature)
     operands = compute_dtype or hidden.dtype
     checks.check_logits_dtype(logits_dtype, operands)
     checks.check_flag("shift", shift)
@@ -54,26 +56,24 @@ def prepare_arguments(
         refuse_transforms(hidden=hidden, weight=weight, bias=bias, labels=labels, cu_seqlens=cu_seqlens)
         hidden, weight, labels = map(materialize, (hidden, weight, labels))
         bias, cu_seqlens = (None if x is None else materialize(x) for x in (bias, cu_seqlens))
+    softcap = None if logit_softcap is None else float(logit_softcap)
     options = HeadOptions(
-        bool(shift),
-        int(ignore_index),
-        float(logit_scale),
-        None if logit_softcap is None else float(logit_softcap),
+        HeadTransform(float(logit_scale), softcap, float(temperature)),
+        None if logits_dtype == operands else logits_dtype,
+        compute_dtype,
         backend,
         _plain_int(workspace),
         group_name("tp_group", tp_group),
         group_name("cp_group", cp_group),
         group_name("dp_group", dp_group),
-        None if logits_dtype == operands else logits_dtype,
-        compute_dtype,
-        layout,
     )
-    if options.cp_group is not None and options.shift:
+    if options.cp_group is not None and shift:
         raise ValueError(
             "shift: expected False with cp_group (the label of a process's last token may lie on another one: "
             "shift the labels before they are split), got True"
         )
-    return hidden, weight, labels, bias, cu_seqlens, options
+    rows = LabelledRows(labels, cu_seqlens, bool(shift), int(ignore_index), layout)
+    return hidden, weight, bias, LinearRequest(rows, options, Wants.of(hidden, weight, bias))
 
 
 def _plain_int(workspace: int | str) -> int | str:
@@ -101,34 +101,12 @@ def int32_bounds(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.to(torch.int32)
 
 
-def label_counts(labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor:
+def label_counts(rows: LabelledRows) -> Tensor:
     """(S,) labelled tokens of each sequence."""
+    labels, cu_seqlens, shift, ignore_index = rows.labels, rows.cu_seqlens, rows.shift, rows.ignore_index
     has_target = (shift_labels(labels, cu_seqlens, ignore_index) if shift else labels) != ignore_index
     if cu_seqlens is None:
         return has_target.sum(-1).reshape(-1)
     cumulative = torch.nn.functional.pad(has_target.cumsum(0), (1, 0))
     at_bounds = cumulative[cu_seqlens.long()]
     return at_bounds[1:] - at_bounds[:-1]
-
-
-def config_or_default(config: SlimeLossConfig | None) -> SlimeLossConfig:
-    """None is the paper's configuration. Raises TypeError for anything else that is no configuration."""
-    if config is None:
-        return SlimeLossConfig()
-    if not isinstance(config, SlimeLossConfig):
-        raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
-    return config
-
-
-def config_numbers(config: SlimeLossConfig) -> tuple[float, ...]:
-    """The hyperparameters in the order of `SlimeParameters.numbers`."""
-    return (
-        float(config.lambda_w),
-        float(config.lambda_l),
-        float(config.lambda_d),
-        float(config.delta),
-        float(config.margin_hard),
-        float(config.margin_soft),
-        float(config.kappa),
-        float(config.power),
-    )

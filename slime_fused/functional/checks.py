@@ -88,16 +88,25 @@ def check_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> None:
         raise ValueError(f"cu_seqlens: expected on {device} like hidden, got {cu_seqlens.device}")
 
 
-def check_transform(logit_scale: float, logit_softcap: float | None, dtype: torch.dtype) -> None:
-    """Refuse a scale or soft cap that is no finite number in the accumulation dtype of logits of ``dtype``.
+def check_transform(
+    logit_scale: float, logit_softcap: float | None, dtype: torch.dtype, temperature: float = 1.0
+) -> None:
+    """Refuse what is no finite number in the accumulation dtype of logits of ``dtype``.
 
-    The kernels divide by the soft cap, or multiply with its inverse: both must be normal numbers.
+    The kernels divide by the soft cap and by the temperature, or multiply with their inverses: both must be normal
+    numbers, and so must what the raw logits are multiplied with in all.
     """
     limits = torch.finfo(acc_dtype(dtype))
     scale = _number("logit_scale", logit_scale, "a finite number")
     if not -limits.max <= scale <= limits.max:
         raise ValueError(
             f"logit_scale: expected a finite number of at most {limits.max:.3g} either way, got {logit_scale!r}"
+        )
+    divisor = _number("temperature", temperature, "a number > 0")
+    if not limits.tiny <= divisor <= 1 / limits.tiny or abs(scale) / divisor > limits.max:
+        raise ValueError(
+            f"temperature: expected a number > 0 from {limits.tiny:.3g} to {1 / limits.tiny:.3g}, by which a scale "
+            f"of {logit_scale!r} can be divided, got {temperature!r}"
         )
     if logit_softcap is None:
         return

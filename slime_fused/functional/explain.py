@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slime_fused.autograd.tensors import is_traced
-from slime_fused.backends.base import TokenLoss
-from slime_fused.engine.calls import Wants, prepare_call
+from slime_fused.autograd.unit_losses import kind_of
+from slime_fused.engine.calls import LossKind, prepare_call
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
+from slime_fused.engine.units import Loss
 from slime_fused.functional import checks
-from slime_fused.functional.arguments import prepare_arguments
+from slime_fused.functional.arguments import linear_request
+from slime_fused.functional.unit_losses import loss_value
+
+_KINDS = {
+    "slime": LossKind("pair", is_paired=True),
+    "cross_entropy": LossKind("token"),
+    "token": LossKind("later"),
+}
 
 
 def explain_plan(
@@ -23,40 +32,45 @@ def explain_plan(
     *,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    loss: Literal["slime", "cross_entropy", "token"] = "slime",
+    loss: str | Loss | Callable[..., Any] = "slime",
     shift: bool = False,
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
 ) -> Plan:
     """The plan that the same call would run with, as a printable value: chunks, bytes, FLOPs, and why.
 
-    Arguments as `slime_loss`; ``loss`` names the function: "slime", "cross_entropy" (mean or sum), or "token"
-    (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction "none"). Which gradients are wanted is
-    read off ``requires_grad``.
+    Arguments as `slime_loss`; ``loss`` is what `preference_loss` takes, or names the function: "slime",
+    "cross_entropy" (mean or sum), or "token" (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction
+    "none"). Which gradients are wanted is read off ``requires_grad``.
     """
-    checks.check_choice("loss", loss, ("slime", "cross_entropy", "token"))
-    hidden, weight, labels, bias, cu_seqlens, options = prepare_arguments(
+    if isinstance(loss, str):
+        checks.check_choice("loss", loss, tuple(_KINDS))
+        kind = _KINDS[loss]
+    else:
+        kind = kind_of(loss_value(loss))
+    hidden, weight, bias, request = linear_request(
         hidden,
         weight,
         labels,
-        bias,
-        cu_seqlens,
-        shift,
-        ignore_index,
-        logit_scale,
-        logit_softcap,
-        logits_dtype,
-        backend,
-        workspace,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        workspace=workspace,
     )
     # A compiler breaks its graph here, and calls this with values.
-    if is_traced(hidden, weight, labels) and not torch.compiler.is_compiling():
+    if is_traced(hidden, weight, request.rows.labels) and not torch.compiler.is_compiling():
         raise ValueError(
             "labels: expected values to count, got a traced or a fake tensor: call explain_plan outside the trace"
         )
-    wants = Wants.of(hidden, weight, bias)
-    return prepare_call(loss, hidden, weight, labels, bias, cu_seqlens, options, wants, TokenLoss()).plan
+    return prepare_call(kind, hidden, weight, bias, request).plan

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import SlimeParameters, SlimeTermsFunction
+from slime_fused.autograd.functions import SlimeTermsFunction
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms, require_plain
 from slime_fused.autograd.token_library import slime_terms_op
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.engine.layout import check_pairs
 from slime_fused.functional import checks
-from slime_fused.functional.arguments import config_numbers, config_or_default, int32_bounds
-from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.functional.arguments import int32_bounds
+from slime_fused.losses import Slime, SlimeLossConfig
 from slime_fused.output import SlimeOutput
 
 
@@ -31,7 +31,7 @@ def slime_terms(
     Raises:
         TypeError, ValueError: wrong dtypes or shapes, boundaries that do not fit, an empty response.
     """
-    config = config_or_default(config)
+    loss = Slime.of(config)
     require_plain("logp", logp)
     if logp.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logp: expected a float32 or float64 tensor, got {logp.dtype}")
@@ -41,13 +41,11 @@ def slime_terms(
     check_pairs(cu_seqlens.shape[0] - 1, argument="cu_seqlens")
     checks.check_choice("backend", backend, ("auto", *BACKEND_NAMES))
     cu_seqlens = int32_bounds(cu_seqlens)
-    parameters = SlimeParameters(config_numbers(config), config.stabilizer_reduction)
     wants = torch.is_grad_enabled() and logp.requires_grad
     if is_traced(logp, cu_seqlens):
-        numbers = list(parameters.numbers)
-        outputs = slime_terms_op(logp, cu_seqlens, numbers, parameters.reduction, backend, wants)[:6]
+        outputs = slime_terms_op(logp, cu_seqlens, loss.key, backend, wants)[:3]
     else:
         refuse_transforms(logp=logp, cu_seqlens=cu_seqlens)
         logp, cu_seqlens = materialize(logp), materialize(cu_seqlens)
-        outputs = SlimeTermsFunction.apply(logp, cu_seqlens, parameters, backend, wants)
-    return SlimeOutput(*outputs)
+        outputs = SlimeTermsFunction.apply(logp, cu_seqlens, loss, backend, wants)
+    return SlimeOutput.of(*outputs)

@@ -1,0 +1,219 @@
+"""Losses of pairs, sequences and tokens: log-probs of whole units in, their coefficients out, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slime_fused.autograd.gradient_store import GradientStore, like_hidden
+from slime_fused.autograd.token_library import segment_sum_op
+from slime_fused.backends.base import Backend
+from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
+from slime_fused.engine.distributed import count_batch, find_group
+from slime_fused.engine.gradients import GradientDtypes, Gradients
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.streams import Part, cumulative, unit_forward
+from slime_fused.engine.units import BatchCounts, Loss, Pairs, Sequences, Tokens, UnitTerms
+
+
+@dataclass(frozen=True)
+class UnitOutputs:
+    """What a loss of units says of a batch; all but the loss detached."""
+
+    loss: Tensor
+    """Scalar."""
+    numbers: Tensor
+    """(K,) the loss's terms and metrics, in the order of `Loss.term_names` and `Loss.metric_names`."""
+    mean_logps: Tensor
+    """(S,) mean log-prob of each sequence."""
+    logps: Tensor
+    """(N_all,) log-prob of each token, 0 where its label is ignored; empty unless asked for."""
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four, in order."""
+        return self.loss, self.numbers, self.mean_logps, self.logps
+
+
+class UnitLossFunction(torch.autograd.Function):
+    """The tensors of `UnitOutputs`; only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        request: LinearRequest,
+        loss: Loss,
+        given: Mapping[str, Tensor],
+        wants_logps: bool,
+    ) -> tuple[Tensor, ...]:
+        """Run the plan; keep the gradients."""
+        ctx.set_materialize_grads(False)  # else backward fills a tensor of zeros for every output but the loss
+        outputs, gradients, backend = run_unit_loss(hidden, weight, bias, request, loss, given, wants_logps)
+        ctx.store = GradientStore(like_hidden(gradients, hidden), GradientDtypes.of(hidden, weight, bias), backend)
+        ctx.mark_non_differentiable(*outputs.tensors()[1:])
+        return outputs.tensors()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        """The kept gradients times the upstream scalar; None where nothing comes from upstream."""
+        if upstream is None:
+            return (None,) * 7
+        return *ctx.store.hand_out(upstream), None, None, None, None
+
+
+def run_unit_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: LinearRequest,
+    loss: Loss,
+    given: Mapping[str, Tensor],
+    wants_logps: bool,
+) -> tuple[UnitOutputs, Gradients, Backend]:
+    """(outputs, gradients in their waiting dtypes, backend)."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        call = prepare_call(kind_of(loss), hidden, weight, bias, request)
+        batch = count_batch(call.lengths, find_group(request.options.dp_group), hidden.device)
+        if batch.tokens == 0:
+            raise ValueError("labels: expected at least one label that is not ignore_index, got none")
+        run = _LossRun(call, loss, given, batch)
+        logps, gradients = unit_forward(call, run)
+        return run.outputs(logps, wants_logps), gradients, call.head.backend
+
+
+def kind_of(loss: Loss) -> LossKind:
+    """What the engine must know of it."""
+    return LossKind("batch" if loss.needs_batch else loss.unit, is_paired=loss.unit == "pair")
+
+
+class _LossRun:
+    """One call's `Evaluation` of a loss, which gathers what the loss says of the parts."""
+
+    def __init__(self, call: Call, loss: Loss, given: Mapping[str, Tensor], batch: BatchCounts) -> None:
+        self._call = call
+        self._loss = loss
+        self._batch = batch
+        self._given = {name: _Given(value, call.layout) for name, value in given.items()}
+        self._said: list[UnitTerms] = []
+
+    def __call__(self, logps: Tensor, part: Part) -> Tensor | None:
+        """See `Evaluation`."""
+        context = self._call.context
+        if context is None:
+            terms, d_logps = self._evaluate(self._units(logps, part, part.bounds))
+        else:
+            logps, bounds, own = context.complete(logps, part.sequences)
+            terms, d_logps = self._evaluate(self._units(logps, part, bounds))
+            d_logps = None if d_logps is None else d_logps.index_select(0, own)
+        self._said.append(terms)
+        return d_logps
+
+    def outputs(self, logps: Tensor, wants_logps: bool) -> UnitOutputs:
+        """What all parts say together; ``logps`` (N,) are those of the labelled rows."""
+        layout, loss = self._call.layout, self._loss
+        total = _total([said.loss for said in self._said])
+        numbers = [_total([said.terms[name] for said in self._said]) for name in loss.term_names]
+        numbers += [_total([said.metrics[name] for said in self._said]) for name in loss.metric_names]
+        means = logps.new_empty(len(layout.lengths))
+        whole, bounds = self._whole(logps)
+        self._call.head.backend.segment_sum(whole, bounds, means, mean=True)
+        return UnitOutputs(
+            total,
+            torch.stack(numbers) if numbers else total.new_empty(0),
+            means,
+            layout.spread(logps) if wants_logps else total.new_empty(0),
+        )
+
+    def _whole(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-probs of all labelled tokens that processes share, and the boundaries of the sequences."""
+        context, lengths = self._call.context, self._call.layout.lengths
+        if context is None:
+            return logps, self._call.layout.ints(cumulative(lengths))
+        whole, bounds, _ = context.complete(logps, range(len(lengths)))
+        return whole, bounds
+
+    def _evaluate(self, units: Sequences | Tokens) -> tuple[UnitTerms, Tensor | None]:
+        wants = self._call.plan.problem.wants_gradient
+        return self._loss.evaluate(units, self._call.head.backend, wants_gradient=wants)
+
+    def _units(self, logps: Tensor, part: Part, bounds: Tensor | None) -> Sequences | Tokens:
+        """What the loss sees of a part."""
+        context = self._call.context
+        given = {
+            name: value.of_tokens(part) if value.is_per_token else value.of_units(part)
+            for name, value in self._given.items()
+        }
+        if context is not None:
+            for name, value in self._given.items():
+                if value.is_per_token:
+                    given[name] = context.complete(given[name], part.sequences)[0]
+        if bounds is None:
+            lengths = self._lengths_by_token
+            spread = {
+                name: value.spread[part.begin : part.end] if value.is_per_sequence else given[name]
+                for name, value in self._given.items()
+            }
+            of_tokens = lengths[part.begin : part.end].to(logps.dtype)
+            return Tokens(logps, of_tokens, self._batch, spread, first_unit=part.begin)
+        counts = tuple(self._call.lengths[s] for s in part.sequences)
+        sum_segments = partial(_segment_sum, backend=self._call.head.backend)
+        kind = Pairs if self._loss.unit == "pair" else Sequences
+        units = kind(logps, counts, bounds, self._batch, given, sum_segments, first_unit=part.begin)
+        if self._loss.unit != "token":
+            return units
+        spread = {
+            name: units.to_tokens(given[name]) if value.is_per_sequence else given[name]
+            for name, value in self._given.items()
+        }
+        return Tokens(logps, units.to_tokens(units.lengths), self._batch, spread, first_unit=part.begin)
+
+    @cached_property
+    def _lengths_by_token(self) -> Tensor:
+        """(N,) labelled tokens of the sequence of each labelled row."""
+        layout = self._call.layout
+        return layout.to_labelled(layout.ints(layout.lengths))
+
+
+class _Given:
+    """A tensor that the caller gave for a loss: its shape tells what one number is for."""
+
+    def __init__(self, value: Tensor, layout: TokenLayout) -> None:
+        self._layout = layout
+        self.is_per_token = value.dim() > 0 and tuple(value.shape) == layout.shape
+        self.is_per_sequence = not self.is_per_token and tuple(value.shape) == (len(layout.lengths),)
+        self._value = layout.of_labelled(value.flatten()) if self.is_per_token else value
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """(N,): the number of its sequence for each labelled row."""
+        return self._layout.to_labelled(self._value)
+
+    def of_tokens(self, part: Part) -> Tensor:
+        """(m,) of the part's labelled rows."""
+        return part.rows.of_labelled(self._value)
+
+    def of_units(self, part: Part) -> Tensor:
+        """Of the part's sequences or units; a scalar as it is, and what `spread` is for."""
+        count = len(self._layout.lengths)
+        if self._value.dim() == 0 or not part.sequences or len(part.sequences) == count:
+            return self._value
+        if self.is_per_sequence and len(part.sequences) == 2 * (part.end - part.begin):
+            return torch.cat([self._value[side + part.begin : side + part.end] for side in (0, count // 2)])
+        return self._value[part.begin : part.end]
+
+
+def _segment_sum(values: Tensor, bounds: Tensor, *, backend: Backend) -> Tensor:
+    sums: Tensor = segment_sum_op(values, bounds, False, backend.name)
+    return sums
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of all entries, in an order that is always the same."""
+    return torch.cat(list(parts)).sum() if len(parts) > 1 else parts[0].sum()

@@ -1,0 +1,203 @@
+"""Per-token and per-sequence log-probs of a linear head, and its cross-entropy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from slime_fused.autograd import functions, library, token_library
+from slime_fused.autograd.tensors import is_traced
+from slime_fused.backends.base import TokenLoss
+from slime_fused.engine.calls import LinearRequest
+from slime_fused.engine.layout import TokenLayout
+from slime_fused.functional import checks
+from slime_fused.functional.arguments import label_counts, linear_request
+
+if TYPE_CHECKING:  # a torch without distributed support has no such class
+    from torch.distributed import ProcessGroup
+
+Reduction = Literal["mean", "sum", "none"]
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Log-probability of every label, differentiable for any upstream gradient.
+
+    Arguments as `slime_loss`, but for any number of sequences; ``hidden`` (..., D) with ``labels`` (...).
+
+    Returns:
+        Log-probs in the shape of ``labels``, float32 (float64 for float64), 0 where the label is ignored.
+
+    Raises:
+        As `slime_loss`.
+    """
+    hidden, weight, bias, request = linear_request(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        workspace=workspace,
+        tp_group=tp_group,
+    )
+    return -_token_loss(hidden, weight, bias, request, TokenLoss())
+
+
+def sequence_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    reduction: Literal["sum", "mean"] = "sum",
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Log-probability of every sequence: the sum, or the mean, over its labelled tokens. Differentiable.
+
+    Arguments as `slime_loss`, but for any number S of sequences.
+
+    Returns:
+        (S,), float32 (float64 for float64); 0 for a sequence without labels. The order of summation is fixed.
+
+    Raises:
+        As `slime_loss`; ValueError for an unknown reduction.
+    """
+    checks.check_choice("reduction", reduction, ("sum", "mean"))
+    hidden, weight, bias, request = linear_request(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        workspace=workspace,
+        tp_group=tp_group,
+    )
+    rows = request.rows
+    logps = -_token_loss(hidden, weight, bias, request, TokenLoss())
+    if rows.cu_seqlens is None:
+        # From the labels, not torch.arange: where they are fake tensors, so must these be.
+        index = rows.labels.new_ones(rows.num_sequences + 1, dtype=torch.int64).cumsum(0) - 1
+        bounds = (index * rows.labels.shape[-1]).to(torch.int32)
+    else:
+        bounds = rows.cu_seqlens
+    sums: Tensor = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
+    return sums if reduction == "sum" else sums / label_counts(rows).clamp(min=1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    workspace: int | str = "auto",
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear head: `torch.nn.functional.cross_entropy` of ``hidden @ weight.T``, fused.
+
+    Arguments as `slime_loss`, and:
+
+    Args:
+        reduction: "mean" over labelled tokens, "sum", or "none".
+        label_smoothing: eps in [0, 1], as in `torch.nn.functional.cross_entropy`.
+        z_loss: weight of the square of the log-sum-exp, added per token.
+
+    Returns:
+        A scalar, or for "none" the shape of ``labels`` with 0 where the label is ignored; float32 (float64 for
+        float64).
+
+    Raises:
+        As `slime_loss`; ValueError for "mean" where all labels are ignored (the sum of none is 0).
+    """
+    checks.check_choice("reduction", reduction, _REDUCTIONS)
+    checks.check_token_loss(label_smoothing, z_loss)
+    token_loss = TokenLoss(float(label_smoothing), float(z_loss))
+    hidden, weight, bias, request = linear_request(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        workspace=workspace,
+        tp_group=tp_group,
+    )
+    if reduction == "none":
+        return _token_loss(hidden, weight, bias, request, token_loss)
+    mean = reduction == "mean"
+    rows = request.rows
+    if is_traced(hidden, weight, rows.labels):
+        numbers = (mean, token_loss.label_smoothing, token_loss.z_loss, *library.flat_request(request))
+        loss: Tensor = library.cross_entropy_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)[0]
+        return loss
+    return functions.CrossEntropyFunction.apply(hidden, weight, bias, request, mean, token_loss)
+
+
+def _token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LinearRequest, token_loss: TokenLoss
+) -> Tensor:
+    """In the shape of the labels, 0 where they are ignored."""
+    rows = request.rows
+    if is_traced(hidden, weight, rows.labels):
+        numbers = (token_loss.label_smoothing, token_loss.z_loss, *library.flat_request(request))
+        loss: Tensor = library.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)[0]
+        return loss
+    return functions.TokenLossFunction.apply(hidden, weight, bias, request, token_loss)
