@@ -89,8 +89,8 @@ class Formula:
         for key in self.needs:
             if key == "ref_logps" and not references:
                 raise ValueError(
-                    f"ref_sum_logps: {self.name} expected the reference model's log-probs (as sums, as means or per "
-                    "token: see preference_loss), got none"
+                    f"ref_sum_logps: {self.name} expected the reference model's log-probs (as sums, as means or "
+                    "per token: see preference_loss), got none"
                 )
             if key != "ref_logps" and key not in given:
                 raise ValueError(f"{key}: {self.name} expected it, got none")
@@ -112,8 +112,8 @@ def shares_and_gradient(
     """Each unit's share of the loss, and dL/dlogps (n,) by autograd where wanted.
 
     Raises ValueError, naming the loss and the unit, where the formula's values have another shape than (u,), do not
-    depend on the log-probs, or are NaN (or have a derivative that is) where these are finite; on a GPU the last is an
-    asynchronous assertion. TypeError for what is no `UnitTerms`.
+    depend on the log-probs, or are NaN (or have a derivative that is) where these are finite; on a GPU the last is
+    an asynchronous assertion. TypeError for what is no `UnitTerms`.
     """
     logps = units.logps.detach().requires_grad_(wants_gradient)
     with torch.enable_grad():
@@ -168,9 +168,7 @@ def _gradient(loss: Formula, values: Tensor, factor: Tensor | float, logps: Tens
 def _check_form(loss: Formula, units: Sequences | Tokens, values: Any) -> None:
     """Refuse other shapes and names than promised."""
     if not isinstance(values, UnitTerms):
-        raise TypeError(
-            f"loss: {loss.name} expected to return a Tensor or a UnitTerms, got {type(values).__name__}"
-        )
+        raise TypeError(f"loss: {loss.name} expected a Tensor or a UnitTerms, got {type(values).__name__}")
     count = count_units(units)
     groups = (("terms", values.terms, loss.term_names), ("metrics", values.metrics, loss.metric_names))
     for kind, numbers, names in groups:

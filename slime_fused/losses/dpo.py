@@ -25,21 +25,20 @@ class DPO(Formula):
 
     * "sigmoid": ``-log sigma(x)`` (arXiv 2305.18290, eq. 7). With ``label_smoothing`` eps (cDPO):
       ``-(1 - eps) log sigma(x) - eps log sigma(-x)``.
-    * "robust": ``(-(1 - eps) log sigma(x) + eps log sigma(-x)) / (1 - 2 eps)`` (arXiv 2403.00409, eq. 10), with
+    * "robust": ``(-(1 - eps) log sigma(x) + eps log sigma(-x)) / (1 - 2 eps)`` (rDPO, arXiv 2403.00409), with
       ``label_smoothing`` eps < 1/2 the probability that a label is flipped.
     * "hinge": ``max(0, 1 - x)`` (SLiC, arXiv 2309.06657, as TRL has it).
-    * "ipo": ``(d_w / |y_w| - d_l / |y_l| - 1 / (2 beta))^2`` (arXiv 2310.12036, eq. 17, whose authors use means over
-      tokens; ``beta`` is their tau).
+    * "ipo": ``(d_w / |y_w| - d_l / |y_l| - 1 / (2 beta))^2`` (arXiv 2310.12036, eq. 17, whose authors use means
+      over tokens; ``beta`` is their tau).
 
-    ``length_normalised`` divides ``d_w`` and ``d_l`` by the responses' tokens (Tulu 3, arXiv 2411.15124, eq. 6); IPO
-    always does.
+    ``length_normalised`` divides ``d_w`` and ``d_l`` by the responses' tokens (Tulu 3, arXiv 2411.15124); IPO always
+    does.
 
-    ``dpop`` is DPO-Positive's lambda (arXiv 2402.13228, eq. 3; its authors take 50): ``max(0, -d_w)`` times it comes
-    off the margin. For "sigmoid" alone.
+    ``dpop`` is DPO-Positive's lambda (arXiv 2402.13228; its authors take 50): ``max(0, -d_w)`` times it comes off
+    the margin. For "sigmoid" alone.
 
-    ``ld_alpha`` in [0, 1] is LD-DPO's alpha (arXiv 2409.06411, eq. 8): tokens past the length of the shorter response
-    of a pair weigh that much in the sums, the policy's and the reference's, which must be given per token. None, as
-    1, is DPO.
+    ``ld_alpha`` in [0, 1] is LD-DPO's alpha (arXiv 2409.06411): tokens past the length of the shorter response of a
+    pair weigh that much in the sums, the policy's and the reference's, which must be given per token. None is DPO.
 
     ``nll_weight`` times the chosen response's negative log-likelihood per token is added (RPO, arXiv 2404.19733,
     eq. 1). ``nll_reduction="sequence"``, as published, takes the mean over each response; "token" the mean over the

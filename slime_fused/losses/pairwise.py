@@ -29,8 +29,8 @@ def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
 def chosen_nll(pairs: Pairs, reduction: NllReduction) -> Tensor:
     """(p,) negative log-likelihood of the chosen responses, per token.
 
-    "sequence": the mean over each response, so that the batch's is a mean of means. "token": such that the mean over
-    pairs is the mean over all chosen tokens of the batch.
+    "sequence": the mean over each response, so that the batch's is a mean of means. "token": such that the mean
+    over pairs is the mean over all chosen tokens of the batch.
     """
     if reduction == "sequence":
         return -pairs.chosen_mean_logps

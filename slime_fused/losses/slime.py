@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slime_fused.backends.base import Backend, SlimeWeights
-from slime_fused.engine.streams import slime_terms, slime_weights
+from slime_fused.engine.streams import slime_terms
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses.base import WEIGHTS, Formula
 from slime_fused.losses.config import SlimeLossConfig
@@ -72,5 +72,6 @@ class Slime(SlimeLossConfig, Formula):
         return UnitTerms(terms["anchor"] + terms["margin_loss"] + terms["stabilizer"], terms), d_logps
 
     def _weights(self, pairs: Pairs) -> SlimeWeights:
-        numbers = list(asdict(self).values())[:-1]
-        return slime_weights(numbers, self.stabilizer_reduction, pairs.batch)
+        is_token = self.stabilizer_reduction == "token"
+        token_weight = 1 / max(pairs.batch.rejected_tokens, 1.0) if is_token else 0.0
+        return SlimeWeights(*list(asdict(self).values())[:-1], 1 / pairs.batch.pairs, token_weight)
