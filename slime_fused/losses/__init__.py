@@ -6,9 +6,16 @@ or a plain function of log-probs (see `Own`).
 """
 
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
+from slime_fused.losses.alphapo import AlphaPO
 from slime_fused.losses.base import Formula
 from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.losses.cpo import CPO
 from slime_fused.losses.dpo import DPO
+from slime_fused.losses.kto import KTO
+from slime_fused.losses.orpo import ORPO
+from slime_fused.losses.own import Own, as_loss
+from slime_fused.losses.policy_gradient import PolicyGradient
+from slime_fused.losses.sft import SFT
 from slime_fused.losses.simpo import SimPO
 from slime_fused.losses.slime import Slime
 
@@ -16,14 +23,22 @@ PairTerms = UnitTerms
 """What a loss says of pairs."""
 
 __all__ = [
+    "CPO",
     "DPO",
+    "KTO",
+    "ORPO",
+    "SFT",
+    "AlphaPO",
     "Formula",
+    "Own",
     "PairTerms",
     "Pairs",
+    "PolicyGradient",
     "Sequences",
     "SimPO",
     "Slime",
     "SlimeLossConfig",
     "Tokens",
     "UnitTerms",
+    "as_loss",
 ]

@@ -77,6 +77,11 @@ class Formula:
         """Keys of ``given`` that the caller may give."""
         return ()
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether the caller may give anything."""
+        return False
+
     def values(self, units: Any) -> UnitTerms:
         """One value per unit of the `Pairs`, `Sequences` or `Tokens`; the loss is their mean over the batch."""
         raise NotImplementedError(f"{self.name}.values")
@@ -95,7 +100,7 @@ class Formula:
             if key != "ref_logps" and key not in given:
                 raise ValueError(f"{key}: {self.name} expected it, got none")
         accepted = {*self.needs, *self.takes, WEIGHTS}
-        for key in given:
+        for key in () if self.takes_all else given:
             if key not in accepted and not ("ref_logps" in accepted and key in REFERENCES):
                 raise ValueError(f"{key}: {self.name} has no use for it; expected none")
 

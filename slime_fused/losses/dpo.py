@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from slime_fused.engine.units import Pairs, UnitTerms
-from slime_fused.losses import pairwise
-from slime_fused.losses.base import Formula
 from slime_fused.losses.hyperparameters import require_choice, require_flag, require_number
+from slime_fused.losses.pairwise import NllReduction, PairFormula, logistic
 
 _LOSS_TYPES = ("sigmoid", "ipo", "hinge", "robust")
 
 
 @dataclass(frozen=True)
-class DPO(Formula):
+class DPO(PairFormula):
     """Direct Preference Optimization. Unit: a pair. Needs the reference model's log-probs.
 
     With ``d_w``, ``d_l`` the summed log-probs of the chosen and the rejected response minus the reference's, and
@@ -31,8 +30,8 @@ class DPO(Formula):
     * "ipo": ``(d_w / |y_w| - d_l / |y_l| - 1 / (2 beta))^2`` (arXiv 2310.12036, eq. 17, whose authors use means
       over tokens; ``beta`` is their tau).
 
-    ``length_normalised`` divides ``d_w`` and ``d_l`` by the responses' tokens (Tulu 3, arXiv 2411.15124); IPO always
-    does.
+    ``length_normalised`` divides ``d_w`` and ``d_l`` by the responses' tokens (Tulu 3, arXiv 2411.15124); IPO
+    always does.
 
     ``dpop`` is DPO-Positive's lambda (arXiv 2402.13228; its authors take 50): ``max(0, -d_w)`` times it comes off
     the margin. For "sigmoid" alone.
@@ -59,7 +58,7 @@ class DPO(Formula):
     dpop: float = 0.0
     ld_alpha: float | None = None
     nll_weight: float = 0.0
-    nll_reduction: pairwise.NllReduction = "sequence"
+    nll_reduction: NllReduction = "sequence"
 
     def __post_init__(self) -> None:
         require_number(self, "beta", above=0)
@@ -69,23 +68,12 @@ class DPO(Formula):
         require_number(self, "dpop", least=0)
         if self.ld_alpha is not None:
             require_number(self, "ld_alpha", least=0, most=1)
-        require_number(self, "nll_weight", least=0)
-        require_choice(self, "nll_reduction", pairwise.NLL_REDUCTIONS)
+        self.check_nll()
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust"):
             raise ValueError(f"label_smoothing: expected 0 for {self.loss_type!r}, got {self.label_smoothing!r}")
         if self.dpop and self.loss_type != "sigmoid":
             raise ValueError(f"dpop: expected 0 for {self.loss_type!r}, got {self.dpop!r}")
         super().__post_init__()
-
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """See `Loss.term_names`."""
-        return (pairwise.PREFERENCE, pairwise.NLL) if self.nll_weight else (pairwise.PREFERENCE,)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """See `Loss.metric_names`."""
-        return pairwise.REWARD_METRICS
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -101,11 +89,7 @@ class DPO(Formula):
         margins = chosen - rejected
         if self.dpop:
             margins = margins - self.dpop * torch.relu(-chosen)
-        terms = {pairwise.PREFERENCE: self._preference(margins)}
-        if self.nll_weight:
-            terms[pairwise.NLL] = self.nll_weight * pairwise.chosen_nll(units, self.nll_reduction)
-        metrics = pairwise.reward_metrics(self.beta * chosen, self.beta * rejected)
-        return pairwise.sum_of_terms(terms, metrics)
+        return self.with_nll(units, self._preference(margins), self.beta * chosen, self.beta * rejected)
 
     def _preference(self, margins: Tensor) -> Tensor:
         if self.loss_type == "ipo":
@@ -114,10 +98,10 @@ class DPO(Formula):
         if self.loss_type == "hinge":
             return torch.relu(1 - scaled)
         if self.loss_type == "sigmoid":
-            return pairwise.logistic(scaled, self.label_smoothing)
+            return logistic(scaled, self.label_smoothing)
         eps = self.label_smoothing
-        flipped = eps * pairwise.logistic(-scaled) if eps else 0.0
-        return ((1 - eps) * pairwise.logistic(scaled) - flipped) / (1 - 2 * eps)
+        flipped = eps * logistic(-scaled) if eps else 0.0
+        return ((1 - eps) * logistic(scaled) - flipped) / (1 - 2 * eps)
 
     def _log_ratios(self, pairs: Pairs) -> Tensor:
         """(2p,) the policy's summed log-probs minus the reference's."""

@@ -4,18 +4,52 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slime_fused.engine.units import Pairs, UnitTerms
+from slime_fused.losses.base import Formula
+from slime_fused.losses.hyperparameters import require_choice, require_number
 
 NllReduction = Literal["sequence", "token"]
-NLL_REDUCTIONS = ("sequence", "token")
 
-PREFERENCE = "preference"
-NLL = "nll"
-REWARD_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies")
+_TERMS = ("preference", "nll")
+_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies")
+
+
+class PairFormula(Formula):
+    """A loss of pairs that compares two responses and may add the chosen one's negative log-likelihood.
+
+    A subclass is a frozen dataclass with the two fields below.
+    """
+
+    nll_weight: float
+    nll_reduction: NllReduction
+
+    def check_nll(self) -> None:
+        """Refuse values of the two fields that mean nothing."""
+        require_number(self, "nll_weight", least=0)
+        require_choice(self, "nll_reduction", ("sequence", "token"))
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """See `Loss.term_names`."""
+        return _TERMS if self.nll_weight else _TERMS[:1]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """See `Loss.metric_names`."""
+        return _METRICS
+
+    def with_nll(self, pairs: Pairs, preference: Tensor, chosen: Tensor, rejected: Tensor) -> UnitTerms:
+        """The (p,) values of the comparison, with the NLL and, to log, with both sides' implicit rewards."""
+        chosen, rejected = chosen.detach(), rejected.detach()
+        accuracies = (chosen > rejected).to(chosen.dtype)
+        metrics = dict(zip(_METRICS, (chosen, rejected, accuracies), strict=True))
+        if not self.nll_weight:
+            return UnitTerms(preference, {"preference": preference}, metrics)
+        nll = self.nll_weight * chosen_nll(pairs, self.nll_reduction)
+        return UnitTerms(preference + nll, {"preference": preference, "nll": nll}, metrics)
 
 
 def logistic(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -35,17 +69,3 @@ def chosen_nll(pairs: Pairs, reduction: NllReduction) -> Tensor:
     if reduction == "sequence":
         return -pairs.chosen_mean_logps
     return -pairs.chosen_sum_logps * (pairs.batch.pairs / max(pairs.batch.chosen_tokens, 1.0))
-
-
-def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
-    """The (p,) implicit rewards, and where the chosen response's is higher, under `REWARD_METRICS`."""
-    chosen, rejected = chosen.detach(), rejected.detach()
-    return dict(zip(REWARD_METRICS, (chosen, rejected, torch.gt(chosen, rejected).to(chosen.dtype)), strict=True))
-
-
-def sum_of_terms(terms: dict[str, Tensor], metrics: dict[str, Tensor]) -> UnitTerms:
-    """The loss that is the sum of these terms."""
-    first, *others = terms.values()
-    for term in others:
-        first = first + term
-    return UnitTerms(first, terms, metrics)

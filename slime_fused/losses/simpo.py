@@ -8,13 +8,12 @@ from typing import Literal
 import torch
 
 from slime_fused.engine.units import Pairs, UnitTerms
-from slime_fused.losses import pairwise
-from slime_fused.losses.base import Formula
 from slime_fused.losses.hyperparameters import require_choice, require_number
+from slime_fused.losses.pairwise import NllReduction, PairFormula, logistic
 
 
 @dataclass(frozen=True)
-class SimPO(Formula):
+class SimPO(PairFormula):
     """Simple Preference Optimization. Unit: a pair. No reference model.
 
     With ``m_w``, ``m_l`` the mean log-probs of the chosen and the rejected response, and
@@ -42,15 +41,14 @@ class SimPO(Formula):
     loss_type: Literal["sigmoid", "hinge"] = "sigmoid"
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
-    nll_reduction: pairwise.NllReduction = "token"
+    nll_reduction: NllReduction = "token"
 
     def __post_init__(self) -> None:
         require_number(self, "beta", above=0)
         require_number(self, "gamma", least=0)
         require_choice(self, "loss_type", ("sigmoid", "hinge"))
         require_number(self, "label_smoothing", least=0, below=0.5)
-        require_number(self, "nll_weight", least=0)
-        require_choice(self, "nll_reduction", pairwise.NLL_REDUCTIONS)
+        self.check_nll()
         if self.label_smoothing and self.loss_type == "hinge":
             raise ValueError(f"label_smoothing: expected 0 for 'hinge', got {self.label_smoothing!r}")
         super().__post_init__()
@@ -60,23 +58,10 @@ class SimPO(Formula):
         """The loss with ``gamma = gamma_beta_ratio * beta``, as the authors' code counts it."""
         return cls(beta, gamma_beta_ratio * beta, **options)  # type: ignore[arg-type]
 
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """See `Loss.term_names`."""
-        return (pairwise.PREFERENCE, pairwise.NLL) if self.nll_weight else (pairwise.PREFERENCE,)
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """See `Loss.metric_names`."""
-        return pairwise.REWARD_METRICS
-
     def values(self, units: Pairs) -> UnitTerms:
         """See `Formula.values`."""
         chosen, rejected = self.beta * units.chosen_mean_logps, self.beta * units.rejected_mean_logps
         margins = chosen - rejected - self.gamma
         is_hinge = self.loss_type == "hinge"
-        preference = torch.relu(1 - margins) if is_hinge else pairwise.logistic(margins, self.label_smoothing)
-        terms = {pairwise.PREFERENCE: preference}
-        if self.nll_weight:
-            terms[pairwise.NLL] = self.nll_weight * pairwise.chosen_nll(units, self.nll_reduction)
-        return pairwise.sum_of_terms(terms, pairwise.reward_metrics(chosen, rejected))
+        preference = torch.relu(1 - margins) if is_hinge else logistic(margins, self.label_smoothing)
+        return self.with_nll(units, preference, chosen, rejected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import cast
 
 import torch
@@ -74,4 +74,5 @@ class Slime(SlimeLossConfig, Formula):
     def _weights(self, pairs: Pairs) -> SlimeWeights:
         is_token = self.stabilizer_reduction == "token"
         token_weight = 1 / max(pairs.batch.rejected_tokens, 1.0) if is_token else 0.0
-        return SlimeWeights(*list(asdict(self).values())[:-1], 1 / pairs.batch.pairs, token_weight)
+        numbers = [getattr(self, field.name) for field in fields(self) if field.name != "stabilizer_reduction"]
+        return SlimeWeights(*[*numbers, 1 / pairs.batch.pairs, token_weight])
