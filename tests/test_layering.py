@@ -108,13 +108,19 @@ def test_triton_kernels_know_neither_torch_nor_the_package(module):
     assert all(name.startswith("slime_fused.triton_kernels") for name in names if name.startswith(PACKAGE))
 
 
-@pytest.mark.parametrize(
-    "module", ["slime_fused.engine.plan", "slime_fused.engine.problem", "slime_fused.losses.config"]
+PURE = (
+    "slime_fused.engine.plan",
+    "slime_fused.engine.problem",
+    "slime_fused.losses.config",
+    "slime_fused.losses.hyperparameters",
 )
+
+
+@pytest.mark.parametrize("module", PURE)
 def test_the_planner_and_the_configuration_are_pure(module):
     names = imported_modules(module, SOURCES[module])
     impure = {"torch", PACKAGE, "os"}
-    assert not any(name.split(".")[0] in impure for name in set(names) - {"slime_fused.engine.problem"}), names
+    assert not any(name.split(".")[0] in impure for name in set(names) - set(PURE)), names
 
 
 def test_nothing_below_the_trainer_needs_its_dependencies():

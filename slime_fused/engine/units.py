@@ -69,6 +69,8 @@ class Sequences:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     """What the caller gave, for these units: see the keyword arguments of `preference_loss`."""
     segment_sum: SegmentSum = plain_segment_sum
+    first_unit: int = 0
+    """The place in the batch of the first sequence, or of the first pair: errors name units by it."""
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -202,6 +204,8 @@ class Tokens:
     batch: BatchCounts
     given: Mapping[str, Tensor] = field(default_factory=dict)
     """(n,) each: what the caller gave per token, or per sequence, for these tokens."""
+    first_unit: int = 0
+    """The place of the first among the batch's labelled tokens: errors name tokens by it."""
 
 
 @dataclass(frozen=True)
@@ -220,14 +224,25 @@ class UnitTerms:
 class Loss(Protocol):
     """A loss as a value: immutable, and equal where its hyperparameters are."""
 
-    unit: Unit
-    """What one value is for."""
-    needs_batch: bool
-    """Whether a unit's value depends on other units."""
-    term_names: tuple[str, ...]
-    metric_names: tuple[str, ...]
-    key: str
-    """By which an operator's schema names the value: see `slime_fused.losses.registry`."""
+    @property
+    def unit(self) -> Unit:
+        """What one value is for."""
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a unit's value depends on other units."""
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Keys of `UnitTerms.terms`, in order."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Keys of `UnitTerms.metrics`, in order."""
+
+    @property
+    def key(self) -> str:
+        """By which an operator's schema names the value: see `slime_fused.losses.registry`."""
 
     def check_given(self, given: Mapping[str, Tensor]) -> None:
         """Refuse, with a ValueError that names the argument, what is missing or of no use."""

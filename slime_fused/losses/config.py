@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Literal
+
+from slime_fused.losses.hyperparameters import require_choice, require_number
 
 StabilizerReduction = Literal["sequence", "token"]
 _REDUCTIONS = ("sequence", "token")
@@ -40,28 +40,14 @@ class SlimeLossConfig:
     stabilizer_reduction: StabilizerReduction = "sequence"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name == "stabilizer_reduction":
-                continue
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{field.name}: expected a number, got {value!r}")
-            # Python's own: NumPy's would make a checkpoint that holds the configuration need NumPy.
-            number = value if isinstance(value, int) else float(value)
-            if not -sys.float_info.max <= number <= sys.float_info.max:
-                raise ValueError(f"{field.name}: expected a finite number, got {value!r}")
-            object.__setattr__(self, field.name, number)
+        for field in fields(SlimeLossConfig):
+            if field.name != "stabilizer_reduction":
+                require_number(self, field.name)
         for name in ("lambda_w", "lambda_l", "lambda_d"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
-        if self.kappa <= 0:
-            raise ValueError(f"kappa: expected a number > 0, got {self.kappa!r}")
-        if self.power < 1:
-            raise ValueError(f"power: expected a number >= 1, got {self.power!r}")
-        if self.stabilizer_reduction not in _REDUCTIONS:
-            raise ValueError(
-                f"stabilizer_reduction: expected one of {_REDUCTIONS}, got {self.stabilizer_reduction!r}"
-            )
+            require_number(self, name, least=0, kind="weight")
+        require_number(self, "kappa", above=0)
+        require_number(self, "power", least=1)
+        require_choice(self, "stabilizer_reduction", _REDUCTIONS)
 
     @classmethod
     def authors_code(cls, *, triple: bool = False) -> SlimeLossConfig:
