@@ -76,7 +76,7 @@ def test_the_walk_sees_the_modules():
     )
     assert "slime_fused.backends.cpu" in imported_modules("slime_fused.backends", SOURCES["slime_fused.backends"])
     assert "slime_fused.backends.base" in imported_modules(
-        "slime_fused.backends.cpu", SOURCES["slime_fused.backends.cpu"]
+        "slime_fused.backends.native", SOURCES["slime_fused.backends.native"]
     )
 
 

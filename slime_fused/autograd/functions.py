@@ -18,14 +18,12 @@ from torch import Tensor
 
 from slime_fused.autograd.tensors import is_batched
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, SlimePairs, TokenLoss, TokenStats, acc_dtype
 from slime_fused.engine import streams
 from slime_fused.engine.calls import Call, HeadOptions, Wants, prepare_call
 from slime_fused.engine.distributed import BatchShare, find_group
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import response_lengths
-from slime_fused.engine.stats import TokenStats
-from slime_fused.engine.streams import SlimePairs
 from slime_fused.engine.sweeps import plan_sweep
 
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, SlimeWeights
+from slime_fused.backends.base import Backend, SlimePairs, SlimeWeights, TokenStats
 from slime_fused.engine.chunks import ChunkEngine, Head, RowSet, join
 from slime_fused.engine.distributed import BatchShare, ContextShard
 from slime_fused.engine.gradients import Gradients
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
-from slime_fused.engine.stats import TokenStats
 from slime_fused.engine.sweeps import plan_sweep, row_sets
-
-
-@dataclass(frozen=True)
-class SlimePairs:
-    """(P,) tensors in acc dtype: mean log-probs, and each pair's share of the three terms."""
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    anchor: Tensor
-    margin_loss: Tensor
-    stabilizer: Tensor
 
 
 def slime_forward(
@@ -140,17 +127,7 @@ def slime_terms(
     num_pairs = (cu_seqlens.shape[0] - 1) // 2
     pairs = SlimePairs(*(logp.new_empty(num_pairs) for _ in range(5)))
     d_logp = torch.empty_like(logp) if want_gradient else None
-    backend.slime_terms(
-        logp,
-        cu_seqlens,
-        weights,
-        chosen_logps=pairs.chosen_logps,
-        rejected_logps=pairs.rejected_logps,
-        anchor=pairs.anchor,
-        margin_loss=pairs.margin_loss,
-        stabilizer=pairs.stabilizer,
-        d_logp=d_logp,
-    )
+    backend.slime_terms(logp, cu_seqlens, weights, pairs, d_logp)
     return pairs, d_logp
 
 
