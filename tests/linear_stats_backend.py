@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import slime_fused.backends as registry
-from slime_fused.backends.base import Backend, LinearStatsBackend
+from slime_fused.backends.base import Backend, LinearStatsBackend, LogitsBlock, Moments, VocabStats
 from slime_fused.backends.cpu import CpuBackend
 from slime_fused.backends.torch import TorchBackend
 from slime_fused.engine import products
@@ -23,46 +23,31 @@ class TiledLinearStats:
 
     calls = 0
 
-    def linear_stats_row_bytes(self, weight):
+    def linear_stats_row_bytes(self, weight, *, with_moments=False):
         if weight.stride(1) != 1:
             return 0
-        return 12 * -(-weight.shape[0] // TILE_COLS)
+        return (24 if with_moments else 12) * -(-weight.shape[0] // TILE_COLS)
 
-    def linear_stats(
-        self,
-        hidden,
-        weight,
-        labels,
-        bias,
-        head,
-        *,
-        col_offset,
-        row_max,
-        row_sum,
-        label_logit,
-        logit_sum,
-        logits_dtype=None,
-    ):
+    def linear_stats(self, block, stats):
+        hidden, weight = block.hidden, block.weight
         assert hidden.stride(1) == weight.stride(1) == 1
         self.calls += 1
         for a in range(0, hidden.shape[0], TILE_ROWS):
             rows = slice(a, a + TILE_ROWS)
             for begin in range(0, weight.shape[0], TILE_COLS):
                 cols = slice(begin, begin + TILE_COLS)
-                logits = hidden.new_empty(hidden[rows].shape[0], weight[cols].shape[0], dtype=logits_dtype)
+                logits = hidden.new_empty(hidden[rows].shape[0], weight[cols].shape[0], dtype=block.logits_dtype)
                 products.write_logits(hidden[rows], weight[cols], logits)
-                self.logits_stats(
-                    logits,
-                    labels[rows],
-                    None if bias is None else bias[cols],
-                    head,
-                    col_offset=col_offset + begin,
-                    row_max=row_max[rows],
-                    row_sum=row_sum[rows],
-                    label_logit=label_logit[rows],
-                    logit_sum=None if logit_sum is None else logit_sum[rows],
-                    merge=begin > 0,
-                )
+                bias = None if block.bias is None else block.bias[cols]
+                tile = LogitsBlock(logits, block.labels[rows], bias, block.transform, begin, weight.shape[0])
+                self.logits_stats(tile, rows_of(stats, rows), merge=begin > 0)
+
+
+def rows_of(stats, rows):
+    """Views of some rows."""
+    moments = None if stats.moments is None else Moments(*(values[rows] for values in vars(stats.moments).values()))
+    logit_sum = None if stats.logit_sum is None else stats.logit_sum[rows]
+    return VocabStats(stats.row_max[rows], stats.row_sum[rows], stats.label_logit[rows], logit_sum, moments)
 
 
 class TorchWithLinearStats(TiledLinearStats, TorchBackend):

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend
-from tests.backend_grid import RowData
+from slime_fused.backends.base import Backend, RowFactors
+from tests.backend_grid import RowData, xfail_unless_taken
 from tests.row_cases import RowCase, row_cases
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -24,25 +24,21 @@ def check_narrow_residual(backend: Backend, case: RowCase, dtype: torch.dtype, d
 
     Output rows begin at 16 bytes and off them; what lies around them stays.
     """
+    xfail_unless_taken(backend, device, case.head)
     data = RowData(replace(case, dtype=torch.float32), device)
-    common = (data.labels, data.bias, case.head, case.token_loss)
-    names = ("row_max", "row_sum", "logp", "loss")
-    expected = dict(zip(names, data.empty_rows(4), strict=True))
-    backend.softmax_residual(data.raw, torch.empty_like(data.raw), *common, **expected)
+    block, expected = data.block(), data.token_stats()
+    backend.softmax_residual(block, torch.empty_like(data.raw), case.token_loss, expected)
     for offset, pitch in ((0, case.vocab + -case.vocab % 8), (3, case.vocab + 5)):
-        stats = dict(zip(names, data.empty_rows(4), strict=True))
+        stats = data.token_stats()
         whole, out = _framed(case, dtype, device, offset, pitch)
-        backend.softmax_residual(data.raw, out, *common, **stats)
-        for name in names:
-            assert torch.equal(stats[name], expected[name])
+        backend.softmax_residual(block, out, case.token_loss, stats)
+        for got, want in zip(stats.tensors(), expected.tensors(), strict=True):
+            assert torch.equal(got, want)
         data.check("residual", out)
         _check_frame(whole, case, offset, pitch)
-        del stats["loss"]
-        row_scale = torch.linspace(-2, 3, max(case.rows, 1), device=device)[: case.rows]
-        for scale in (None, row_scale):
+        for scale in (None, data.row_scale()):
             whole, out = _framed(case, dtype, device, offset, pitch)
-            known = {"col_offset": 0, "vocab_size": case.vocab, **stats, "row_scale": scale}
-            backend.residual_from_stats(data.raw, out, *common, **known)
+            backend.residual_from_stats(block, out, case.token_loss, stats, RowFactors(scale))
             data.check("residual", out, scale)
             _check_frame(whole, case, offset, pitch)
 

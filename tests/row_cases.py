@@ -3,8 +3,10 @@
 Why these suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vectors and a tail, rows off alignment in
 a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs from 0 over 1 to
 more rows than a small grid; each fused feature (bias, scale, soft cap, smoothing, z-loss, ignored rows) is on alone
-and all are on together. Scales below 0 turn the order of the logits round and a scale of 0 makes them all equal: a
-row's tail, which no logit fills, must stay out of the statistics then too, so both meet tails and full blocks.
+and all are on together. A temperature below and above 1 meets each of the two paths that it takes, in the scale and
+after a soft cap: 0.5 is a power of two, which rounds nothing, 3 is not. Scales below 0 turn the order of the logits
+round and a scale of 0 makes them all equal: a row's tail, which no logit fills, must stay out of the statistics then
+too, so both meet tails and full blocks.
 """
 
 from __future__ import annotations
@@ -43,6 +45,17 @@ FEATURES = (
     RowCase("scale", head=HeadTransform(scale=0.25)),
     RowCase("softcap", head=HeadTransform(softcap=5.0)),
     RowCase("scale_softcap_bias", has_bias=True, head=HeadTransform(scale=2.0, softcap=10.0)),
+    RowCase("temperature", head=HeadTransform(temperature=0.5)),
+    RowCase("high_temperature_scale_bias", has_bias=True, head=HeadTransform(scale=-0.25, temperature=3.0)),
+    RowCase("softcap_temperature", head=HeadTransform(softcap=5.0, temperature=0.5), ignored=(2,)),
+    RowCase(
+        "all_temperature",
+        vocab=1000,
+        pitch=1003,
+        has_bias=True,
+        head=HeadTransform(scale=2.0, softcap=10.0, temperature=3.0),
+        token_loss=TokenLoss(0.2, 0.02),
+    ),
     RowCase("smoothing", token_loss=TokenLoss(label_smoothing=0.1)),
     RowCase("z_loss", token_loss=TokenLoss(z_loss=0.01)),
     RowCase(

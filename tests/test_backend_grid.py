@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slime_fused.backends import get_backend
+from slime_fused.backends.base import LogitsBlock, RowStats
 from tests import backend_grid as grid
 
 CPU = torch.device("cpu")
@@ -71,18 +72,7 @@ def test_label_beyond_the_vocabulary_is_refused_before_anything_is_written(backe
     logits = torch.zeros(3, 8)
     labels = torch.tensor([1, 8, 2])
     out = torch.full_like(logits, 7.0)
-    row_max, row_sum, logp = torch.full((3, 3), 7.0).unbind()
+    stats = RowStats(*torch.full((3, 3), 7.0).unbind())
     with pytest.raises(ValueError, match=r"8"):
-        backend.softmax_residual(
-            logits,
-            out,
-            labels,
-            None,
-            grid.PLAIN_HEAD,
-            grid.NLL,
-            row_max=row_max,
-            row_sum=row_sum,
-            logp=logp,
-            loss=None,
-        )
+        backend.softmax_residual(LogitsBlock(logits, labels, None, grid.PLAIN_HEAD), out, grid.NLL, stats)
     assert (out == 7).all()

@@ -22,8 +22,8 @@ from bench.results import FAILED, NOT_FINISHED, OK, UNSUPPORTED, Row, read_run, 
 from bench.runner import Protocol
 from bench.worker import OUT_OF_TIME, Job, run_job
 from slime_fused.engine.plan import make_plan
-from slime_fused.engine.workspace import parse_bytes
 from slime_fused.engine.problem import Problem
+from slime_fused.engine.workspace import parse_bytes
 
 ROOT = Path(__file__).parent.parent
 QUICK = Protocol(rounds=1)

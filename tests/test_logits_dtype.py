@@ -23,8 +23,8 @@ from slime_fused import reference
 from slime_fused.backends import get_backend, native
 from slime_fused.backends.base import LinearStatsBackend
 from slime_fused.engine.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan, make_plan
-from slime_fused.engine.workspace import parse_bytes
 from slime_fused.engine.problem import WIDE_LOGITS_ROWS, Problem
+from slime_fused.engine.workspace import parse_bytes
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
 from tests.measure import count_products, memory_of
 from tests.narrow_residual import CASES, HALVES, check_narrow_residual

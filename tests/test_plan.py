@@ -276,9 +276,7 @@ def test_one_chunk_rather_than_several_and_a_float32_copy_of_the_gradient(
 ):
     """Whether "auto" or the user's number (here the rows it holds): the budget counts the accumulator."""
     pairs = (512,) * (rows // 512) + ((rows % 512,) if rows % 512 else ())
-    problem = Problem(
-        unit, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if unit == "pair" else ()
-    )
+    problem = Problem(unit, rows, 4096, 128256, itemsize, True, want_weight, False, pairs if unit == "pair" else ())
     budget = resolve_workspace("auto", problem, is_gpu=True) if workspace == "auto" else 4096 * problem.row_bytes
     plan = make_plan(problem, budget)
     assert len(plan.chunks) == chunks

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from slime_fused.backends import get_backend
-from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import HeadTransform, RowStats, TokenLoss, acc_dtype
+from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import GradientDtypes
-from slime_fused.engine.vocab_sweep import vocab_sweep_backward
+from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 ROWS, DEPTH, VOCAB = 23, 16, 75
 EVERYTHING = {"want_hidden": True, "want_weight": True, "want_bias": True}
@@ -46,24 +47,14 @@ def autograd(problem, head, token_loss, dtype, *, has_bias):
 
 
 def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backend="torch", **wanted):
-    hidden, weight, bias, labels, row_scale = problem
-    acc = acc_dtype(hidden.dtype)
+    hidden, weight, bias, labels, coefficient = problem
+    acc, kernels = acc_dtype(hidden.dtype), get_backend(backend)
     dtypes = GradientDtypes(hidden.dtype, weight.dtype, acc)
-    gradients = vocab_sweep_backward(
-        hidden,
-        weight,
-        labels,
-        bias if has_bias else None,
-        head,
-        token_loss,
-        *stats.to(acc),
-        logp.to(acc),
-        row_scale,
-        get_backend(backend),
-        dtypes.waiting(hidden.dtype),
-        block_cols=block_cols,
-        **{**EVERYTHING, **wanted},
-    ).times(None, dtypes, get_backend(backend), keeps=False)
+    bias = bias if has_bias else None
+    call = Head(hidden, weight, bias, head, token_loss, kernels, dtypes, logits_dtype=hidden.dtype)
+    known, blocks = RowStats(*stats.to(acc), logp.to(acc)), VocabBlocks(block_cols, **{**EVERYTHING, **wanted})
+    gradients = vocab_sweep_backward(call, labels, known, coefficient, blocks)
+    gradients = gradients.times(None, dtypes, kernels, keeps=False)
     return gradients.hidden, gradients.weight, gradients.bias
 
 

@@ -22,13 +22,12 @@ from slime_fused.autograd.gradient_store import (
     refuse_transformed_backward,
 )
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, TokenLoss, TokenStats, acc_dtype
 from slime_fused.engine import streams
 from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import response_lengths
-from slime_fused.engine.stats import TokenStats
 from slime_fused.engine.sweeps import plan_sweep
 from slime_fused.engine.units import Loss, Pairs
 

@@ -11,9 +11,17 @@ from torch import Tensor
 from slime_fused.autograd.gradient_store import refuse_transformed_backward
 from slime_fused.autograd.tensors import materialize
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, HeadTransform, TokenLoss
+from slime_fused.backends.base import (
+    Backend,
+    HeadTransform,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    TokenLoss,
+    TokenStats,
+)
 from slime_fused.engine.layout import IGNORED, check_label_range
-from slime_fused.engine.stats import TokenStats, VocabStats
+from slime_fused.engine.stats import finish_stats, stats_of_logits
 
 
 def row_targets(labels: Tensor, ignore_index: int, vocab_size: int, *, needs_label: bool) -> Tensor:
@@ -33,8 +41,8 @@ def logits_forward(
     backend: Backend, logits: Tensor, targets: Tensor, head: HeadTransform, token_loss: TokenLoss
 ) -> TokenStats:
     """Statistics of (..., V) logits, which stay as they are, and the losses of their N rows, 0 where ignored."""
-    rows = _as_rows(logits)
-    stats = VocabStats.of_logits(backend, rows, targets, None, head, token_loss).finish(token_loss, rows.shape[1])
+    block = LogitsBlock(_as_rows(logits), targets, None, head)
+    stats = finish_stats(stats_of_logits(backend, block, token_loss), token_loss, block.whole_vocab_size)
     stats.loss.masked_fill_(targets == IGNORED, 0)
     return stats
 
@@ -56,22 +64,10 @@ def logits_backward(
     ``inplace`` writes it over the logits where each has a place of its own, in rows of contiguous columns.
     """
     rows = _as_rows(logits.detach())
-    row_max, row_sum, logp = stats
+    known = RowStats(*stats)
     out = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
-    backend.residual_from_stats(
-        rows,
-        out,
-        targets,
-        None,
-        head,
-        token_loss,
-        col_offset=0,
-        vocab_size=logits.shape[-1],
-        row_max=row_max,
-        row_sum=row_sum,
-        logp=logp,
-        row_scale=materialize(upstream.to(logp.dtype)).contiguous(),
-    )
+    factors = RowFactors(materialize(upstream.to(known.logp.dtype)).contiguous())
+    backend.residual_from_stats(LogitsBlock(rows, targets, None, head), out, token_loss, known, factors)
     if inplace and out.data_ptr() == logits.data_ptr():
         # Whoever saved the logits too is told by autograd that they have changed.
         torch.autograd.graph.increment_version(logits)

@@ -4,8 +4,9 @@ A backend turns tensors into launches. It allocates no result, chooses no plan, 
 falls back to another backend; all of that lives above it (`autograd`, `engine`). Every backend passes the same
 grid of tests against `slime_fused.reference`.
 
-Notation: ``M`` rows of logits, ``V`` columns, ``N`` tokens, ``S`` sequences, ``P`` pairs. ``acc`` is the
-accumulation dtype: float64 for float64 logits, float32 for everything else.
+Notation: ``M`` rows of logits, ``B`` columns of a block of them, ``V`` columns of the whole vocabulary, ``N``
+tokens, ``S`` sequences, ``P`` pairs. ``acc`` is the accumulation dtype: float64 for float64 logits, float32 for
+everything else.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 class HeadTransform:
     """What turns a raw product ``h W^T`` into the logit of the softmax.
 
-    ``y = scale * (raw + bias)``; ``z = y`` if ``softcap`` is None, else ``softcap * tanh(y / softcap)``.
+    ``y = scale * (raw + bias)``; ``z = y / temperature`` if ``softcap`` is None, else
+    ``softcap * tanh(y / softcap) / temperature``. ``temperature`` is finite and above 0.
     """
 
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+
+    @property
+    def slope_bound(self) -> float:
+        """The largest |dz/draw|; without a soft cap it is the same everywhere."""
+        return abs(self.scale) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,168 @@ class SlimeWeights:
     token_weight: float
 
 
+@dataclass(frozen=True)
+class LogitsBlock:
+    """Raw logits, before bias and transform, of some rows and some columns of a vocabulary.
+
+    A label at or above the vocabulary's size is an error: a ValueError on the CPU, a device assertion on a GPU.
+    """
+
+    logits: Tensor
+    """(M, B), any supported dtype, ``stride(1) == 1``, any row stride >= B."""
+    labels: Tensor
+    """(M,) int64, indices in the whole vocabulary. A negative label marks an ignored row."""
+    bias: Tensor | None
+    """(B,) in the dtype of the logits."""
+    transform: HeadTransform
+    col_offset: int = 0
+    """Index in the vocabulary of the first column."""
+    vocab_size: int | None = None
+    """V, of the whole vocabulary; None: these columns are all of it."""
+
+    @property
+    def whole_vocab_size(self) -> int:
+        """V."""
+        return self.logits.shape[1] if self.vocab_size is None else self.vocab_size
+
+
+@dataclass(frozen=True)
+class LinearBlock:
+    """As `LogitsBlock`, for products that are not formed yet: ``hidden @ weight^T`` with all columns there are."""
+
+    hidden: Tensor
+    """(M, D), contiguous columns."""
+    weight: Tensor
+    """(V, D) in the dtype of ``hidden``, contiguous columns."""
+    labels: Tensor
+    """(M,) int64, as in `LogitsBlock`."""
+    bias: Tensor | None
+    """(V,) in the dtype of the logits."""
+    transform: HeadTransform
+    logits_dtype: torch.dtype | None = None
+    """To which products are rounded, as those that are stored: float32, or None for that of ``hidden``."""
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What a residual needs of whole rows: (M,) each, in acc dtype. Of ignored rows 0, 1 and 0.
+
+    The log-sum-exp is never one number: rounded, it would cost each probability of the row |lse| roundings (with
+    logits of 1e4, 1e-3).
+    """
+
+    row_max: Tensor
+    """max_v z_v"""
+    row_sum: Tensor
+    """sum_v exp(z_v - row_max)"""
+    logp: Tensor
+    """(z_label - row_max) - log row_sum"""
+
+
+@dataclass(frozen=True)
+class TokenStats(RowStats):
+    """And the loss of each row."""
+
+    loss: Tensor
+    """(M,) `TokenLoss`; 0 for an ignored row."""
+
+    @classmethod
+    def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
+        """Uninitialised, for ``rows`` rows of ``hidden``."""
+        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(4)))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four, in order."""
+        return self.row_max, self.row_sum, self.logp, self.loss
+
+    def span(self, begin: int, end: int) -> TokenStats:
+        """Views of the rows begin to end."""
+        return TokenStats(*(values[begin:end] for values in self.tensors()))
+
+    def copy_(self, other: TokenStats) -> None:
+        """Take over the values of as many rows."""
+        for own, value in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(value)
+
+
+def losses_of(stats: RowStats) -> Tensor | None:
+    """Where `Backend.softmax_residual` writes losses, where these statistics have room for them."""
+    return stats.loss if isinstance(stats, TokenStats) else None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What makes the entropy, sum p^2 and whether the label is the likeliest token: (M,) each, in acc dtype.
+
+    ::
+
+        entropy    = log(row_sum) - centred_sum / row_sum
+        sum_v p_v^2 = square_sum / row_sum^2
+        is_top1    = label_logit >= row_max and label_logit > max_before        (the first of equal maxima wins)
+    """
+
+    centred_sum: Tensor
+    """sum_v exp(z_v - row_max) (z_v - row_max); a logit of -inf counts 0."""
+    square_sum: Tensor
+    """sum_v exp(2 (z_v - row_max))"""
+    max_before: Tensor
+    """The largest z of the columns before the label's, -inf where there is none or the label is negative."""
+
+
+@dataclass(frozen=True)
+class VocabStats:
+    """Statistics of (M,) rows over the columns of a block, or of several: in acc dtype.
+
+    Rows with a negative label get them too: who ignores such rows overwrites what is derived from them.
+    """
+
+    row_max: Tensor
+    """max_v z_v"""
+    row_sum: Tensor
+    """sum_v exp(z_v - row_max), 0 where every z is -inf."""
+    label_logit: Tensor
+    """The label's z, with the bits that it has in ``row_max``; 0 where the label lies outside the columns."""
+    logit_sum: Tensor | None = None
+    """sum_v z_v; None: not wanted."""
+    moments: Moments | None = None
+    """None: not wanted."""
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """What the residual of a row is multiplied by, and what is added to it: (M,) each, in acc dtype.
+
+    With both of the last two, ``entropy_scale * d(entropy)/dz_v``, times the derivative of the transform, is added
+    (not multiplied by ``scale``): ``d(entropy)/dz_v = -p_v (log p_v + entropy)``, 0 where p_v is 0.
+    """
+
+    scale: Tensor | None = None
+    """None: 1."""
+    entropy: Tensor | None = None
+    entropy_scale: Tensor | None = None
+
+
+NO_FACTORS = RowFactors()
+
+
+@dataclass(frozen=True)
+class SlimePairs:
+    """(P,) tensors in acc dtype: mean log-probs, and each pair's share of the three terms."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    anchor: Tensor
+    margin_loss: Tensor
+    stabilizer: Tensor
+
+
 class Backend(Protocol):
     """The kernels every backend provides. Tensors share one device; all writes go to arguments.
 
     Rules that hold for every function:
 
-    * ``logits``: (M, V), any supported dtype, ``stride(1) == 1``, any row stride >= V.
-    * ``labels``: (M,) int64, vocabulary indices. A negative label marks an ignored row: its residual row is 0,
-      and its ``row_max``, ``logp`` and ``loss`` are 0, its ``row_sum`` 1. A label at or above the vocabulary's
-      size is an error: a ValueError on the CPU, a device assertion on a GPU.
-    * ``bias``: (V,) in the dtype of the logits, or None.
-    * ``out`` of a residual: the dtype of the logits, or bfloat16 or float16 where these are float32.
+    * ``out`` of a residual: (M, B) in the dtype of the logits, or bfloat16 or float16 where these are float32. It
+      may be the logits themselves. Rows of ignored labels are 0; everything is rounded once.
     * The same inputs give the same bits, whatever the number of threads or blocks.
     * ``M == 0``, ``S == 0`` and empty segments are legal and write nothing or zeros.
     """
@@ -90,67 +248,24 @@ class Backend(Protocol):
     def supports(self, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         """Whether it takes tensors of this device and dtype; if not, what it takes."""
 
-    def softmax_residual(
-        self,
-        logits: Tensor,
-        out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        loss: Tensor | None,
-    ) -> None:
-        """Write d(token loss)/d(raw logits) to ``out`` (M, V), which may be ``logits`` itself; rounded once.
+    def softmax_residual(self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats) -> None:
+        """Write d(token loss)/d(raw logits) to ``out``, and ``stats``: with the losses where it is `TokenStats`.
 
-        Also writes ``row_max`` (M,) = max_v z_v, ``row_sum`` (M,) = sum_v exp(z_v - row_max), ``logp`` (M,) =
-        (z_label - row_max) - log row_sum and, where asked for, ``loss`` (M,), all in acc dtype. The log-sum-exp
-        is never one number: rounded, it would cost each probability of the row |lse| roundings (with logits of
-        1e4, 1e-3). The label's entry comes from expm1(logp), so that it does not cancel.
+        ``block`` holds the whole vocabulary. The label's entry comes from expm1(logp), so that it does not cancel.
         """
 
-    def logits_stats(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        label_logit: Tensor,
-        logit_sum: Tensor | None,
-        merge: bool,
-    ) -> None:
-        """Statistics of z over the columns [col_offset, col_offset + V) of the vocabulary.
-
-        ``row_max`` (M,) = max_v z_v, ``row_sum`` (M,) = sum_v exp(z_v - row_max), ``label_logit`` (M,) = the
-        label's z, 0 where the label lies outside these columns, ``logit_sum`` (M,) = sum_v z_v. With
-        ``merge`` the arguments hold the statistics of earlier columns and are updated. Rows with a negative label
-        get statistics too (label_logit 0): a caller that ignores them overwrites what it derives.
-        """
+    def logits_stats(self, block: LogitsBlock, stats: VocabStats, *, merge: bool = False) -> None:
+        """Write the statistics of ``block``. With ``merge`` they hold those of other columns, and are updated."""
 
     def residual_from_stats(
         self,
-        logits: Tensor,
+        block: LogitsBlock,
         out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
         token_loss: TokenLoss,
-        *,
-        col_offset: int,
-        vocab_size: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        row_scale: Tensor | None,
+        stats: RowStats,
+        factors: RowFactors = NO_FACTORS,
     ) -> None:
-        """As ``softmax_residual``, from statistics (M,) of whole rows, times ``row_scale`` (M,) if given."""
+        """As `softmax_residual`, from statistics of whole rows, which are read, and with ``factors``."""
 
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
         """``out`` (S,) = sum (or mean) of ``values`` (N,) over [cu_seqlens[s], cu_seqlens[s + 1]), acc dtype."""
@@ -159,23 +274,13 @@ class Backend(Protocol):
         """``d_values`` (N,) = ``d_out`` of its segment (divided by the segment's length for a mean)."""
 
     def slime_terms(
-        self,
-        logp: Tensor,
-        cu_seqlens: Tensor,
-        weights: SlimeWeights,
-        *,
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        anchor: Tensor,
-        margin_loss: Tensor,
-        stabilizer: Tensor,
-        d_logp: Tensor | None,
+        self, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, out: SlimePairs, d_logp: Tensor | None
     ) -> None:
         """The three SLIME terms of P pairs, and g = d(sum of all terms)/d(logp).
 
         ``logp`` (N,) acc; ``cu_seqlens`` (2P + 1,) int32: segments 0..P-1 are chosen, P..2P-1 rejected. Writes
-        (P,) acc: mean log-probs of both responses and each pair's share of the three terms, weights and
-        normalisers included, so that their sums over pairs are the terms; ``d_logp`` (N,) unless None.
+        ``out``: mean log-probs of both responses and each pair's share of the three terms, weights and
+        normalisers included, so that their sums over pairs are the terms; and ``d_logp`` (N,) unless None.
         """
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
@@ -192,27 +297,12 @@ class LinearStatsBackend(Protocol):
     The planner's "fused" plan needs it; nothing else does.
     """
 
-    def linear_stats_row_bytes(self, weight: Tensor) -> int:
+    def linear_stats_row_bytes(self, weight: Tensor, *, with_moments: bool = False) -> int:
         """The most scratch that `linear_stats` takes for each row, or 0 where it cannot take this ``weight``."""
 
-    def linear_stats(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        label_logit: Tensor,
-        logit_sum: Tensor | None,
-        logits_dtype: torch.dtype | None = None,
-    ) -> None:
-        """As `Backend.logits_stats` of ``hidden`` (M, D) @ ``weight`` (V, D)^T, for whole rows (no ``merge``).
+    def linear_stats(self, block: LinearBlock, stats: VocabStats) -> None:
+        """As `Backend.logits_stats` of the products of ``block``.
 
-        ``hidden`` and ``weight`` share a dtype and have contiguous columns. Products are accumulated in acc dtype
-        and rounded once to ``logits_dtype`` (None: theirs; or float32), as those that are stored: the statistics
-        belong to the logits that backward forms again. ``bias`` has that dtype too.
+        They are accumulated in acc dtype and rounded once: the statistics belong to the logits that backward forms
+        again.
         """

@@ -1,4 +1,4 @@
-"""The CUDA backend: tensors become device addresses for the kernels of ``csrc/cuda``, nothing more.
+"""The CUDA backend: the kernels of ``csrc/cuda``.
 
 Launches go to PyTorch's current stream of the tensors' device and return without waiting. The kernels work on
 float32, bfloat16 and float16 logits with float32 accumulation and no atomics: the same call gives the same bits.
@@ -6,6 +6,7 @@ float32, bfloat16 and float16 logits with float32 accumulation and no atomics: t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import HeadTransform, SlimeWeights, TokenLoss
-from .native import _C, matrix, residual_matrix, segments_of, vector
+from .native import _C, DTYPE_CODES, NativeBackend
 
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # slime_fused::DType
+_DTYPE_CODES = {dtype: code for dtype, code in DTYPE_CODES.items() if dtype != torch.float64}
 
 
 def _native() -> ModuleType:
@@ -53,10 +53,19 @@ def _on(device: int) -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
-class CudaBackend:
-    """Kernels for CUDA tensors; the methods are those of :class:`slime_fused.backends.base.Backend`."""
+def _require_float32(values: Tensor) -> None:
+    if values.dtype != torch.float32:
+        raise TypeError(f"values: expected dtype {torch.float32}, got {values.dtype}")
+
+
+class CudaBackend(NativeBackend):
+    """Kernels for CUDA tensors; the methods are those of :class:`slime_fused.backends.base.Backend`.
+
+    ``softmax_residual`` also takes a ``plan``, a ``_C.cuda.RowPlan`` instead of the tuned one.
+    """
 
     name = "cuda"
+    dtype_codes = _DTYPE_CODES
 
     def available(self) -> tuple[bool, str]:
         """Whether the CUDA kernels were built and a GPU is seen; if not, which, and how to get it."""
@@ -90,201 +99,22 @@ class CudaBackend:
             return False, f"the cuda backend takes GPUs of compute capability 8.0 or later, got {name}"
         return True, ""
 
-    def softmax_residual(
-        self,
-        logits: Tensor,
-        out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        loss: Tensor | None,
-        plan: Any = None,
-    ) -> None:
-        """See :meth:`Backend.softmax_residual`. ``plan``: a ``_C.cuda.RowPlan`` instead of the tuned one."""
-        rows, cols = logits.shape
-        device, stream = _placed(logits, out, labels, bias, row_max, row_sum, logp, loss)
-        if rows == 0:
-            return
+    def _launch(self, kernel: str, tensors: Sequence[Tensor | None], arguments: dict[str, Any]) -> None:
+        device, stream = _placed(*tensors)
         with _on(device):
-            _native().softmax_residual(
-                logits=logits.data_ptr(),
-                out=out.data_ptr(),
-                rows=rows,
-                cols=cols,
-                logits_stride=matrix("logits", logits),
-                out_stride=residual_matrix(out, logits),
-                dtype=_DTYPE_CODES[logits.dtype],
-                out_dtype=_DTYPE_CODES[out.dtype],
-                labels=vector("labels", labels, rows, torch.int64),
-                bias=vector("bias", bias, cols, logits.dtype),
-                scale=head.scale,
-                softcap=head.softcap or 0.0,
-                label_smoothing=token_loss.label_smoothing,
-                z_loss=token_loss.z_loss,
-                row_max=vector("row_max", row_max, rows, torch.float32),
-                row_sum=vector("row_sum", row_sum, rows, torch.float32),
-                logp=vector("logp", logp, rows, torch.float32),
-                loss=vector("loss", loss, rows, torch.float32),
-                plan=_row_plan(cols, logits.element_size(), device) if plan is None else plan,
-                device=device,
-                stream=stream,
-            )
+            getattr(_native(), kernel)(**arguments, device=device, stream=stream)
 
-    def logits_stats(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        label_logit: Tensor,
-        logit_sum: Tensor | None,
-        merge: bool,
-    ) -> None:
-        """See :meth:`Backend.logits_stats`."""
-        rows, cols = logits.shape
-        device, stream = _placed(logits, labels, bias, row_max, row_sum, label_logit, logit_sum)
-        if rows == 0:
-            return
-        with _on(device):
-            _native().logits_stats(
-                logits=logits.data_ptr(),
-                rows=rows,
-                cols=cols,
-                logits_stride=matrix("logits", logits),
-                col_offset=col_offset,
-                dtype=_DTYPE_CODES[logits.dtype],
-                labels=vector("labels", labels, rows, torch.int64),
-                bias=vector("bias", bias, cols, logits.dtype),
-                scale=head.scale,
-                softcap=head.softcap or 0.0,
-                row_max=vector("row_max", row_max, rows, torch.float32),
-                row_sum=vector("row_sum", row_sum, rows, torch.float32),
-                label_logit=vector("label_logit", label_logit, rows, torch.float32),
-                logit_sum=vector("logit_sum", logit_sum, rows, torch.float32),
-                merge=merge,
-                device=device,
-                stream=stream,
-            )
+    def _row_tuning(self, logits: Tensor) -> dict[str, Any]:
+        device, _ = _placed(logits)
+        return {"plan": _row_plan(logits.shape[1], logits.element_size(), device)}
 
-    def residual_from_stats(
-        self,
-        logits: Tensor,
-        out: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        col_offset: int,
-        vocab_size: int,
-        row_max: Tensor,
-        row_sum: Tensor,
-        logp: Tensor,
-        row_scale: Tensor | None,
-    ) -> None:
-        """See :meth:`Backend.residual_from_stats`."""
-        rows, cols = logits.shape
-        device, stream = _placed(logits, out, labels, bias, row_max, row_sum, logp, row_scale)
-        if rows == 0:
-            return
-        with _on(device):
-            _native().residual_from_stats(
-                logits=logits.data_ptr(),
-                out=out.data_ptr(),
-                rows=rows,
-                cols=cols,
-                logits_stride=matrix("logits", logits),
-                out_stride=residual_matrix(out, logits),
-                col_offset=col_offset,
-                vocab_size=vocab_size,
-                dtype=_DTYPE_CODES[logits.dtype],
-                out_dtype=_DTYPE_CODES[out.dtype],
-                labels=vector("labels", labels, rows, torch.int64),
-                bias=vector("bias", bias, cols, logits.dtype),
-                scale=head.scale,
-                softcap=head.softcap or 0.0,
-                label_smoothing=token_loss.label_smoothing,
-                z_loss=token_loss.z_loss,
-                row_max=vector("row_max", row_max, rows, torch.float32),
-                row_sum=vector("row_sum", row_sum, rows, torch.float32),
-                logp=vector("logp", logp, rows, torch.float32),
-                row_scale=vector("row_scale", row_scale, rows, torch.float32),
-                device=device,
-                stream=stream,
-            )
+    def _sizes(self, segments: int, values: Tensor) -> dict[str, int]:
+        _require_float32(values)
+        return {"segments": segments}
 
-    def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
-        """See :meth:`Backend.segment_sum`."""
-        segments = segments_of(cu_seqlens, values)
-        device, stream = _placed(values, cu_seqlens, out)
-        with _on(device):
-            _native().segment_sum(
-                values=vector("values", values, values.numel(), torch.float32),
-                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
-                segments=segments,
-                out=vector("out", out, segments, torch.float32),
-                mean=mean,
-                device=device,
-                stream=stream,
-            )
-
-    def segment_sum_backward(self, d_out: Tensor, cu_seqlens: Tensor, d_values: Tensor, *, mean: bool) -> None:
-        """See :meth:`Backend.segment_sum_backward`."""
-        segments = segments_of(cu_seqlens, d_values)
-        device, stream = _placed(d_out, cu_seqlens, d_values)
-        with _on(device):
-            _native().segment_sum_backward(
-                d_out=vector("d_out", d_out, segments, torch.float32),
-                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
-                segments=segments,
-                d_values=vector("d_values", d_values, d_values.numel(), torch.float32),
-                mean=mean,
-                device=device,
-                stream=stream,
-            )
-
-    def slime_terms(
-        self,
-        logp: Tensor,
-        cu_seqlens: Tensor,
-        weights: SlimeWeights,
-        *,
-        chosen_logps: Tensor,
-        rejected_logps: Tensor,
-        anchor: Tensor,
-        margin_loss: Tensor,
-        stabilizer: Tensor,
-        d_logp: Tensor | None,
-    ) -> None:
-        """See :meth:`Backend.slime_terms`."""
-        segments, tokens = segments_of(cu_seqlens, logp), logp.numel()
-        pairs = segments // 2
-        outputs = (chosen_logps, rejected_logps, anchor, margin_loss, stabilizer)
-        device, stream = _placed(logp, cu_seqlens, *outputs, d_logp)
-        with _on(device):
-            _native().slime_terms(
-                logp=vector("logp", logp, tokens, torch.float32),
-                cu_seqlens=vector("cu_seqlens", cu_seqlens, segments + 1, torch.int32),
-                pairs=pairs,
-                chosen_logps=vector("chosen_logps", chosen_logps, pairs, torch.float32),
-                rejected_logps=vector("rejected_logps", rejected_logps, pairs, torch.float32),
-                anchor=vector("anchor", anchor, pairs, torch.float32),
-                margin_loss=vector("margin_loss", margin_loss, pairs, torch.float32),
-                stabilizer=vector("stabilizer", stabilizer, pairs, torch.float32),
-                d_logp=vector("d_logp", d_logp, tokens, torch.float32),
-                device=device,
-                stream=stream,
-                **vars(weights),
-            )
+    def _pair_sizes(self, segments: int, values: Tensor) -> dict[str, int]:
+        _require_float32(values)
+        return {"pairs": segments // 2}
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:
         """See :meth:`Backend.scale_`."""
@@ -294,13 +124,10 @@ class CudaBackend:
             raise ValueError(f"tensor: expected a contiguous tensor, got strides {tensor.stride()}")
         if factor.numel() != 1 or factor.dtype != torch.float32:
             raise ValueError(f"factor: expected one float32 number, got {tuple(factor.shape)} of {factor.dtype}")
-        device, stream = _placed(tensor, factor)
-        with _on(device):
-            _native().scale_(
-                data=tensor.data_ptr(),
-                n=tensor.numel(),
-                dtype=_DTYPE_CODES[tensor.dtype],
-                factor=factor.data_ptr(),
-                device=device,
-                stream=stream,
-            )
+        arguments = {
+            "data": tensor.data_ptr(),
+            "n": tensor.numel(),
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "factor": factor.data_ptr(),
+        }
+        self._launch("scale_", [tensor, factor], arguments)

@@ -18,7 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import HeadTransform, SlimeWeights, TokenLoss
+from slime_fused.backends.base import (
+    NO_FACTORS,
+    HeadTransform,
+    LinearBlock,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    SlimePairs,
+    SlimeWeights,
+    TokenLoss,
+    VocabStats,
+    losses_of,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +73,24 @@ def _check_labels_on_cpu(labels: Tensor, vocab_size: int) -> None:
     raise ValueError(f"labels: expected values below {vocab_size}, got {int(labels[position])} at row {position}")
 
 
+# A launcher without one of these arguments still serves the calls that leave it at its default.
+
+
+def _transform_arguments(transform: HeadTransform) -> dict[str, float | None]:
+    arguments = {"scale": transform.scale, "softcap": transform.softcap}
+    return arguments if transform.temperature == 1.0 else {**arguments, "temperature": transform.temperature}
+
+
+def _moment_arguments(stats: VocabStats) -> dict[str, Tensor]:
+    return {} if stats.moments is None else vars(stats.moments)
+
+
+def _entropy_arguments(factors: RowFactors) -> dict[str, Tensor | None]:
+    if factors.entropy is None:
+        return {}
+    return {"entropy": factors.entropy, "entropy_scale": factors.entropy_scale}
+
+
 class TritonBackend:
     """Triton kernels for NVIDIA and AMD GPUs; float32, bfloat16 and float16 logits."""
 
@@ -85,110 +115,76 @@ class TritonBackend:
             return False, f"dtype: the triton backend takes float32, bfloat16 and float16, got {dtype}"
         return True, ""
 
-    def softmax_residual(
-        self,
-        logits: Tensor,  # [M, V]
-        out: Tensor,  # [M, V]
-        labels: Tensor,  # [M]
-        bias: Tensor | None,  # [V]
-        head: HeadTransform,
-        token_loss: TokenLoss,
-        *,
-        row_max: Tensor,  # [M]
-        row_sum: Tensor,  # [M]
-        logp: Tensor,  # [M]
-        loss: Tensor | None,  # [M]
-    ) -> None:
+    def softmax_residual(self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats) -> None:
         """See `base.Backend.softmax_residual`."""
+        logits = block.logits
         if logits.shape[0] == 0:
             return
-        _check_labels_on_cpu(labels, logits.shape[1])
+        _check_labels_on_cpu(block.labels, logits.shape[1])
         with _on_device_of(logits):
             _kernels("rows").softmax_residual(
                 logits,
                 out,
-                labels,
-                bias,
-                row_max,
-                row_sum,
-                logp,
-                loss,
-                scale=head.scale,
-                softcap=head.softcap,
-                label_smoothing=token_loss.label_smoothing,
-                z_loss=token_loss.z_loss,
+                block.labels,
+                block.bias,
+                stats.row_max,
+                stats.row_sum,
+                stats.logp,
+                losses_of(stats),
+                **_transform_arguments(block.transform),
+                **vars(token_loss),
                 config=_row_config(logits),
             )
 
-    def logits_stats(
-        self,
-        logits: Tensor,  # [M, V]
-        labels: Tensor,  # [M]
-        bias: Tensor | None,  # [V]
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,  # [M]
-        row_sum: Tensor,  # [M]
-        label_logit: Tensor,  # [M]
-        logit_sum: Tensor | None,  # [M]
-        merge: bool,
-    ) -> None:
+    def logits_stats(self, block: LogitsBlock, stats: VocabStats, *, merge: bool = False) -> None:
         """See `base.Backend.logits_stats`."""
+        logits = block.logits
         if logits.shape[0] == 0:
             return
         with _on_device_of(logits):
             _kernels("rows").logits_stats(
                 logits,
-                labels,
-                bias,
-                row_max,
-                row_sum,
-                label_logit,
-                logit_sum,
-                scale=head.scale,
-                softcap=head.softcap,
-                col_offset=col_offset,
+                block.labels,
+                block.bias,
+                stats.row_max,
+                stats.row_sum,
+                stats.label_logit,
+                stats.logit_sum,
+                **_moment_arguments(stats),
+                **_transform_arguments(block.transform),
+                col_offset=block.col_offset,
                 merge=merge,
                 config=_row_config(logits),
             )
 
     def residual_from_stats(
         self,
-        logits: Tensor,  # [M, V]
-        out: Tensor,  # [M, V]
-        labels: Tensor,  # [M]
-        bias: Tensor | None,  # [V]
-        head: HeadTransform,
+        block: LogitsBlock,
+        out: Tensor,
         token_loss: TokenLoss,
-        *,
-        col_offset: int,
-        vocab_size: int,
-        row_max: Tensor,  # [M]
-        row_sum: Tensor,  # [M]
-        logp: Tensor,  # [M]
-        row_scale: Tensor | None,  # [M]
+        stats: RowStats,
+        factors: RowFactors = NO_FACTORS,
     ) -> None:
         """See `base.Backend.residual_from_stats`."""
+        logits = block.logits
         if logits.shape[0] == 0:
             return
-        _check_labels_on_cpu(labels, vocab_size)
+        _check_labels_on_cpu(block.labels, block.whole_vocab_size)
         with _on_device_of(logits):
             _kernels("rows").residual_from_stats(
                 logits,
                 out,
-                labels,
-                bias,
-                row_max,
-                row_sum,
-                logp,
-                row_scale,
-                scale=head.scale,
-                softcap=head.softcap,
-                label_smoothing=token_loss.label_smoothing,
-                z_loss=token_loss.z_loss,
-                col_offset=col_offset,
-                vocab_size=vocab_size,
+                block.labels,
+                block.bias,
+                stats.row_max,
+                stats.row_sum,
+                stats.logp,
+                factors.scale,
+                **_entropy_arguments(factors),
+                **_transform_arguments(block.transform),
+                **vars(token_loss),
+                col_offset=block.col_offset,
+                vocab_size=block.whole_vocab_size,
             )
 
     def segment_sum(self, values: Tensor, cu_seqlens: Tensor, out: Tensor, *, mean: bool) -> None:
@@ -206,88 +202,50 @@ class TritonBackend:
             _kernels("segments").segment_sum_backward(d_out, cu_seqlens, d_values, mean=mean)
 
     def slime_terms(
-        self,
-        logp: Tensor,  # [N]
-        cu_seqlens: Tensor,  # [2P + 1]
-        weights: SlimeWeights,
-        *,
-        chosen_logps: Tensor,  # [P]
-        rejected_logps: Tensor,  # [P]
-        anchor: Tensor,  # [P]
-        margin_loss: Tensor,  # [P]
-        stabilizer: Tensor,  # [P]
-        d_logp: Tensor | None,  # [N]
+        self, logp: Tensor, cu_seqlens: Tensor, weights: SlimeWeights, out: SlimePairs, d_logp: Tensor | None
     ) -> None:
         """See `base.Backend.slime_terms`."""
-        if chosen_logps.shape[0] == 0:
+        if out.anchor.shape[0] == 0:
             return
         with _on_device_of(logp):
             _kernels("segments").slime_terms(
-                logp,
-                cu_seqlens,
-                (chosen_logps, rejected_logps, anchor, margin_loss, stabilizer),
-                d_logp,
-                (
-                    weights.lambda_w,
-                    weights.lambda_l,
-                    weights.lambda_d,
-                    weights.delta,
-                    weights.margin_hard,
-                    weights.margin_soft,
-                    weights.kappa,
-                    weights.power,
-                    weights.pair_weight,
-                    weights.token_weight,
-                ),
+                logp, cu_seqlens, tuple(vars(out).values()), d_logp, tuple(vars(weights).values())
             )
 
-    def linear_stats_row_bytes(self, weight: Tensor) -> int:
-        """See `base.LinearStatsBackend.linear_stats_row_bytes`: three partial sums per tile of the vocabulary."""
+    def linear_stats_row_bytes(self, weight: Tensor, *, with_moments: bool = False) -> int:
+        """See `base.LinearStatsBackend.linear_stats_row_bytes`: at most 3 (6) sums per tile of the vocabulary."""
         if weight.stride(1) != 1:
             return 0
         family = _target_family(weight.device)
         config = _kernels("configs").narrowest_config(family, weight.element_size())
-        return 12 * -(-weight.shape[0] // config.block_n)
+        return (24 if with_moments else 12) * -(-weight.shape[0] // config.block_n)
 
-    def linear_stats(
-        self,
-        hidden: Tensor,  # [M, D]
-        weight: Tensor,  # [V, D]
-        labels: Tensor,  # [M]
-        bias: Tensor | None,  # [V]
-        head: HeadTransform,
-        *,
-        col_offset: int,
-        row_max: Tensor,  # [M]
-        row_sum: Tensor,  # [M]
-        label_logit: Tensor,  # [M]
-        logit_sum: Tensor | None,  # [M]
-        logits_dtype: torch.dtype | None = None,
-    ) -> None:
+    def linear_stats(self, block: LinearBlock, stats: VocabStats) -> None:
         """See `base.LinearStatsBackend.linear_stats`."""
+        hidden, weight = block.hidden, block.weight
         if hidden.shape[0] == 0:
             return
         kernels = _kernels("linear_stats")
         config = kernels.choose_config(_target_family(hidden.device), hidden, weight)
-        count = 2 if logit_sum is None else 3
+        count = 2 + (stats.logit_sum is not None) + (0 if stats.moments is None else 3)
         shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
         partials = torch.empty((count, *shape), dtype=torch.float32, device=hidden.device)
         with _on_device_of(hidden):
             kernels.linear_stats(
                 hidden,
                 weight,
-                labels,
-                bias,
-                row_max,
-                row_sum,
-                label_logit,
-                logit_sum,
+                block.labels,
+                block.bias,
+                stats.row_max,
+                stats.row_sum,
+                stats.label_logit,
+                stats.logit_sum,
                 partials,
-                scale=head.scale,
-                softcap=head.softcap,
-                col_offset=col_offset,
+                **_moment_arguments(stats),
+                **_transform_arguments(block.transform),
+                col_offset=0,
                 config=config,
-                rounds_product=logits_dtype in (None, hidden.dtype),
+                rounds_product=block.logits_dtype in (None, hidden.dtype),
             )
 
     def scale_(self, tensor: Tensor, factor: Tensor) -> None:

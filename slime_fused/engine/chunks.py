@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, TokenLoss
+from slime_fused.backends.base import Backend, HeadTransform, LogitsBlock, RowFactors, TokenLoss, TokenStats
 from slime_fused.engine import buffers, products
 from slime_fused.engine.distributed import VocabShard
 from slime_fused.engine.gradients import GradientDtypes, float16_gain
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
 from slime_fused.engine.problem import padded_cols
-from slime_fused.engine.stats import TokenStats, VocabStats
+from slime_fused.engine.stats import finish_stats, stats_of_logits
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Head:
     def vocab_size(self) -> int:
         """Of the whole head."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
+
+    def block(self, logits: Tensor, labels: Tensor, begin: int = 0) -> LogitsBlock:
+        """The products (M, B) of M rows and the rows of ``weight`` that follow ``begin``; ``labels`` (M,)."""
+        bias = None if self.bias is None else self.bias[begin : begin + logits.shape[1]]
+        return LogitsBlock(logits, labels, bias, self.transform, self.col_offset + begin, self.vocab_size)
 
 
 class RowSet:
@@ -124,16 +129,6 @@ class RowSet:
 
 
 @dataclass(frozen=True)
-class _LogitsBlock:
-    """Raw logits (m, V) of the rows begin to end of a chunk, and their labels (m,)."""
-
-    begin: int
-    end: int
-    logits: Tensor
-    targets: Tensor
-
-
-@dataclass(frozen=True)
 class Residual:
     """d(token loss)/d(raw logits) of a chunk's rows, each times a power of two where float16 needs that."""
 
@@ -166,8 +161,8 @@ class ChunkEngine:
 
     def stats(self, rows: RowSet, out: TokenStats) -> None:
         """(M,) statistics of a chunk, to ``out``, without its residual."""
-        for block in self._blocks(rows):
-            out.span(block.begin, block.end).copy_(self._stats_of(block))
+        for begin, end, block in self._blocks(rows):
+            out.span(begin, end).copy_(self._stats_of(block))
 
     def residual(self, rows: RowSet, out: TokenStats) -> Residual:
         """Residual of a chunk, until the next one; its (M,) statistics go to ``out``."""
@@ -175,50 +170,39 @@ class ChunkEngine:
         # One visit cannot see a row that others share, nor size a gain by it: the statistics come first.
         needs_stats = head.shard is not None or head.weight.dtype == torch.float16
         gains: list[Tensor] = []
-        for block in self._blocks(rows):
-            stats, target = out.span(block.begin, block.end), values[block.begin : block.end]
+        for begin, end, block in self._blocks(rows):
+            stats, target = out.span(begin, end), values[begin:end]
             if needs_stats:
                 stats.copy_(self._stats_of(block))
                 gain = self._gain(stats)
-                self._write_residual(block, target, stats, gain)
+                head.backend.residual_from_stats(block, target, head.token_loss, stats, RowFactors(gain))
                 gains += [] if gain is None else [gain]
-                continue
-            head.backend.softmax_residual(
-                block.logits,
-                target,
-                block.targets,
-                head.bias,
-                head.transform,
-                head.token_loss,
-                row_max=stats.row_max,
-                row_sum=stats.row_sum,
-                logp=stats.logp,
-                loss=stats.loss,
-            )
+            else:
+                head.backend.softmax_residual(block, target, head.token_loss, stats)
         return Residual(values, join(gains) if gains else None)
 
     def residual_again(self, rows: RowSet, known: TokenStats) -> Residual:
         """As `residual`, where the (M,) statistics are known from an earlier pass."""
-        values, gain = self._residual_buffer(rows.count), self._gain(known)
-        for block in self._blocks(rows):
-            part = slice(block.begin, block.end)
-            own = None if gain is None else gain[part]
-            self._write_residual(block, values[part], known.span(block.begin, block.end), own)
+        head, values, gain = self.head, self._residual_buffer(rows.count), self._gain(known)
+        for begin, end, block in self._blocks(rows):
+            factors = RowFactors(None if gain is None else gain[begin:end])
+            stats = known.span(begin, end)
+            head.backend.residual_from_stats(block, values[begin:end], head.token_loss, stats, factors)
         return Residual(values, gain)
 
     def _gain(self, stats: TokenStats) -> Tensor | None:
         if self.head.weight.dtype != torch.float16:
             return None
-        return float16_gain(stats.row_max, stats.row_sum, stats.logp, self.head.transform, self.head.token_loss)
+        return float16_gain(stats, self.head.transform, self.head.token_loss)
 
-    def _blocks(self, rows: RowSet) -> Iterator[_LogitsBlock]:
-        """The raw logits of a chunk: all of them where the residual will lie, or by blocks of wide ones."""
+    def _blocks(self, rows: RowSet) -> Iterator[tuple[int, int, LogitsBlock]]:
+        """Rows begin to end of a chunk: all of them, where the residual will lie, or by blocks of wide logits."""
         head, count = self.head, rows.count
         hidden, targets = rows.take(head.hidden), rows.of_labelled(self.targets)
         if not self.plan.problem.has_wide_logits:
             logits = self._residual_buffer(count)
             products.write_logits(hidden, head.weight, logits)
-            yield _LogitsBlock(0, count, logits, targets)
+            yield 0, count, head.block(logits, targets)
             return
         if self._wide_buffer is None:
             self._wide_buffer = self._new_buffer(self.plan.logits_rows, head.logits_dtype)
@@ -227,7 +211,7 @@ class ChunkEngine:
             end = min(begin + step, count)
             logits = self._wide_buffer[: end - begin]
             products.write_logits(hidden[begin:end], head.weight, logits)
-            yield _LogitsBlock(begin, end, logits, targets[begin:end])
+            yield begin, end, head.block(logits, targets[begin:end])
 
     def _residual_buffer(self, rows: int) -> Tensor:
         """(M, V)"""
@@ -242,37 +226,12 @@ class ChunkEngine:
         padded[:, cols:].zero_()
         return padded[:, :cols]
 
-    def _stats_of(self, block: _LogitsBlock) -> TokenStats:
+    def _stats_of(self, block: LogitsBlock) -> TokenStats:
         head = self.head
-        stats = VocabStats.of_logits(
-            head.backend,
-            block.logits,
-            block.targets,
-            head.bias,
-            head.transform,
-            head.token_loss,
-            col_offset=head.col_offset,
-        )
+        stats = stats_of_logits(head.backend, block, head.token_loss)
         if head.shard is not None:
             head.shard.merge(stats)
-        return stats.finish(head.token_loss, head.vocab_size)
-
-    def _write_residual(self, block: _LogitsBlock, out: Tensor, stats: TokenStats, gain: Tensor | None) -> None:
-        head = self.head
-        head.backend.residual_from_stats(
-            block.logits,
-            out,
-            block.targets,
-            head.bias,
-            head.transform,
-            head.token_loss,
-            col_offset=head.col_offset,
-            vocab_size=head.vocab_size,
-            row_max=stats.row_max,
-            row_sum=stats.row_sum,
-            logp=stats.logp,
-            row_scale=gain,
-        )
+        return finish_stats(stats, head.token_loss, head.vocab_size)
 
     def new_hidden_grad(self, dtype: torch.dtype) -> Tensor | None:
         """(N_all, D) for `add_hidden_grad`, zeros where no chunk comes by; None where none is wanted."""

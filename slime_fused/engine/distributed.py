@@ -3,8 +3,8 @@
 ========= ========================= ============================================== ==============================
 group     each process holds        what travels                                   gradients it gets
 ========= ========================= ============================================== ==============================
-tp_group  rows [v0, v1) of W and b  3 numbers per row of logits, then R W          all of dX; its rows of dW, db
-cp_group  some tokens of every pair 1 log-prob per token (and what is given for it)   dX of its tokens; their dW, db
+tp_group  rows [v0, v1) of W and b  3 to 7 numbers per row of logits, then R W     all of dX; its rows of dW, db
+cp_group  some tokens of every pair a log-prob per token, what is given beside it  dX of its tokens; their dW, db
 dp_group  some of the pairs         three counts                                   of its pairs
 ========= ========================= ============================================== ==============================
 
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime_fused.backends.base import VocabStats
 from slime_fused.engine.layout import TokenLayout
-from slime_fused.engine.stats import VocabStats
 from slime_fused.engine.units import BatchCounts
 
 
@@ -65,18 +65,26 @@ class VocabShard:
 
     def merge(self, stats: VocabStats) -> None:
         """Statistics of this shard's columns -> of the whole vocabulary, in place. Two reductions."""
-        largest = stats.row_max.clone()
+        moments = stats.moments
+        maxima = [stats.row_max] if moments is None else [stats.row_max, moments.max_before]
+        largest = torch.stack(maxima)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        # A shard whose logits are all -inf has the sum of no exponential.
-        share = torch.exp(stats.row_max - largest).masked_fill_(stats.row_max == -torch.inf, 0)
-        sums = [stats.row_sum.mul_(share), stats.label_logit]
+        # A shard whose logits are all -inf has the sums of no exponential.
+        is_empty = stats.row_max == -torch.inf
+        shift = (stats.row_max - largest[0]).masked_fill_(is_empty, 0)
+        share = torch.exp(shift).masked_fill_(is_empty, 0)
+        sums = [stats.row_sum, stats.label_logit]
         if stats.logit_sum is not None:
             sums.append(stats.logit_sum)
+        if moments is not None:
+            moments.centred_sum.addcmul_(stats.row_sum, shift).mul_(share)
+            moments.square_sum.mul_(share).mul_(share)
+            sums += [moments.centred_sum, moments.square_sum]
+        stats.row_sum.mul_(share)
         total = torch.stack(sums)
         dist.all_reduce(total, group=self.group)
-        for own, value in zip(sums, total.unbind(), strict=True):
+        for own, value in zip(sums + maxima, (*total.unbind(), *largest.unbind()), strict=True):
             own.copy_(value)
-        stats.row_max.copy_(largest)
 
     def add_up(self, partial: Tensor) -> Tensor:
         """(M, D): this shard's part of R W -> all of it."""

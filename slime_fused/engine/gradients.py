@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, HeadTransform, RowStats, TokenLoss, acc_dtype
 from slime_fused.engine import products
 
 _LARGEST_EXPONENT = 14
@@ -97,22 +97,21 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: Bac
     return grad
 
 
-def float16_gain(
-    row_max: Tensor, row_sum: Tensor, logp: Tensor, head: HeadTransform, token_loss: TokenLoss
-) -> Tensor:
-    """(M,) powers of two that bring the residuals of rows, of which these are statistics, near 2^14 in float16.
+def float16_gain(stats: RowStats, transform: HeadTransform, token_loss: TokenLoss) -> Tensor:
+    """(M,) powers of two that bring the residuals of rows with these statistics near 2^14 in float16.
 
     A probability of 1e-8 is below float16's least number, though a loss scaler may lift its gradient to an ordinary
     one; and a logit scale of 1e5 leaves float16 at the other end. No entry of a row's residual is above ::
 
-        |scale| ((1 - eps) (1 - p_label) + eps + 2 z_loss |lse|)
+        |scale| / temperature ((1 - eps) (1 - p_label) + eps + 2 z_loss |lse|)
 
     A row whose bound is small gets at most 2^12 more than others: its coefficient shrinks by as much, which meets
     the hidden states in float16 too.
     """
-    eps, lse = token_loss.label_smoothing, row_max + row_sum.log()
-    bound = ((1 - eps) * -torch.expm1(logp) + eps + 2 * token_loss.z_loss * lse.abs()) * abs(head.scale)
-    usual = _LARGEST_EXPONENT - math.frexp(abs(head.scale))[1]
+    eps, lse = token_loss.label_smoothing, stats.row_max + stats.row_sum.log()
+    entry = (1 - eps) * -torch.expm1(stats.logp) + eps + 2 * token_loss.z_loss * lse.abs()
+    bound = entry * transform.slope_bound
+    usual = _LARGEST_EXPONENT - math.frexp(transform.slope_bound)[1]
     return _power_of_two_below(bound, _LARGEST_EXPONENT, usual + _MORE_FOR_CERTAIN_ROWS)
 
 

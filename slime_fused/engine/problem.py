@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["token", "sequence", "pair", "batch", "later"]
-"""What decides a row's coefficient dL/d(token loss): the log-probs of the token itself, of its sequence, its pair, or
+"""What decides a row's coefficient dL/d(token loss): the log-probs of the token, of its sequence, of its pair, or of
 the whole batch; or what comes from upstream in backward ("later"), as for per-token log-probs."""
 
 ROW_ALIGNMENT = 16

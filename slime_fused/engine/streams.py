@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slime_fused.backends.base import TokenStats
 from slime_fused.engine.calls import Call
 from slime_fused.engine.chunks import ChunkEngine, Head, RowSet
 from slime_fused.engine.gradients import Gradients
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Chunk, Plan
-from slime_fused.engine.stats import TokenStats
 from slime_fused.engine.sweeps import plan_sweep, row_sets
 
 

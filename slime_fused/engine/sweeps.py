@@ -19,15 +19,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import LinearStatsBackend
+from slime_fused.backends.base import LinearBlock, LinearStatsBackend, TokenStats
 from slime_fused.engine import products
 from slime_fused.engine.chunks import ChunkEngine, Head, Residual, RowSet
 from slime_fused.engine.gradients import Gradients, waiting_dtype
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
-from slime_fused.engine.stats import TokenStats, VocabStats
-from slime_fused.engine.vocab_sweep import vocab_sweep_backward
+from slime_fused.engine.stats import empty_vocab_stats, finish_stats
+from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 
 class Sweep(Protocol):
@@ -157,45 +157,20 @@ class FusedSweep:
             raise TypeError(f"backend: the fused plan needs linear_stats, {head.backend.name!r} has none")
         for rows in row_sets(self._layout, self._plan):
             hidden = rows.take(head.hidden)
-            stats = VocabStats.empty(hidden, head.token_loss)
-            head.backend.linear_stats(
-                hidden if hidden.stride(1) == 1 else hidden.contiguous(),
-                head.weight,
-                rows.of_labelled(self._targets),
-                head.bias,
-                head.transform,
-                col_offset=0,
-                row_max=stats.row_max,
-                row_sum=stats.row_sum,
-                label_logit=stats.label_logit,
-                logit_sum=stats.logit_sum,
-                logits_dtype=head.logits_dtype,
-            )
-            self.stats.span(*rows.span).copy_(stats.finish(head.token_loss, head.weight.shape[0]))
+            hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+            labels, stats = rows.of_labelled(self._targets), empty_vocab_stats(hidden, head.token_loss)
+            block = LinearBlock(hidden, head.weight, labels, head.bias, head.transform, head.logits_dtype)
+            head.backend.linear_stats(block, stats)
+            self.stats.span(*rows.span).copy_(finish_stats(stats, head.token_loss, head.vocab_size))
 
     def backward(self, coefficient: Tensor, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`. Nothing that forward left is used up."""
         head, problem = self._head, self._plan.problem
         rows = RowSet(self._layout, [(0, problem.rows)])
-        gradients = vocab_sweep_backward(
-            rows.take(head.hidden),
-            head.weight,
-            self._targets,
-            head.bias,
-            head.transform,
-            head.token_loss,
-            self.stats.row_max,
-            self.stats.row_sum,
-            self.stats.logp,
-            coefficient,
-            head.backend,
-            head.waiting_dtypes,
-            block_cols=self._plan.block_cols,
-            wide_rows=self._plan.logits_rows,
-            want_hidden=problem.want_hidden,
-            want_weight=problem.want_weight,
-            want_bias=problem.want_bias,
-        )
+        wants = (problem.want_hidden, problem.want_weight, problem.want_bias)
+        blocks = VocabBlocks(self._plan.block_cols, self._plan.logits_rows, *wants)
+        labelled_head = replace(head, hidden=rows.take(head.hidden))
+        gradients = vocab_sweep_backward(labelled_head, self._targets, self.stats, coefficient, blocks)
         labelled = gradients.hidden
         if labelled is None or self._layout.rows is None:
             return gradients

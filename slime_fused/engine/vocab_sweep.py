@@ -13,81 +13,70 @@ it meets X in float16 a power of two keeps the product in range, and dW is float
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import RowFactors, RowStats, acc_dtype
 from slime_fused.engine import products
-from slime_fused.engine.gradients import GradientDtypes, Gradients, float16_gain, float16_scale
+from slime_fused.engine.chunks import Head
+from slime_fused.engine.gradients import Gradients, float16_gain, float16_scale
 from slime_fused.engine.problem import padded_cols
 
 
+@dataclass(frozen=True)
+class VocabBlocks:
+    """By how much of the vocabulary the sweep goes, and which gradients it forms."""
+
+    block_cols: int
+    """Columns of a block; the logits buffer is (N, block_cols)."""
+    wide_rows: int = 0
+    """Rows of a block whose logits are formed at once, in acc dtype beside that buffer; 0: all of them, in the
+    buffer itself and its dtype."""
+    want_hidden: bool = True
+    want_weight: bool = True
+    want_bias: bool = True
+
+
 def vocab_sweep_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    head: HeadTransform,
-    token_loss: TokenLoss,
-    row_max: Tensor,
-    row_sum: Tensor,
-    logp: Tensor,
-    row_scale: Tensor,
-    backend: Backend,
-    dtypes: GradientDtypes,
-    *,
-    block_cols: int,
-    wide_rows: int = 0,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    head: Head, labels: Tensor, stats: RowStats, coefficient: Tensor, blocks: VocabBlocks
 ) -> Gradients:
-    """Gradients of sum_n row_scale_n * (token loss)_n; each is None where not wanted.
+    """Gradients of sum_n coefficient_n * (token loss)_n; each is None where not wanted.
 
     Args:
-        hidden: (N, D), any dtype that ``backend`` supports.
-        weight: (V, D), same dtype.
+        head: whose ``hidden`` (N, D) holds the rows of ``labels`` alone; not a shard.
         labels: (N,) int64; negative labels mark rows without a gradient.
-        bias: (V,) in the dtype of the logits, or None.
-        head: the transform from products to logits.
-        token_loss: the loss of one token.
-        row_max: (N,) acc dtype, largest logit of each row over the whole vocabulary.
-        row_sum: (N,) acc dtype, sum_v exp(z_v - row_max) likewise.
-        logp: (N,) acc dtype, log-probability of each label.
-        row_scale: (N,) acc dtype, dL/d(token loss) of each row.
-        backend: whose ``residual_from_stats`` turns logits into residuals.
-        dtypes: of the three gradients.
-        block_cols: columns of the vocabulary per step; the logits buffer is (N, block_cols).
-        wide_rows: rows of a block whose logits are formed at once, in acc dtype beside that buffer; 0: all of them,
-            in the buffer itself and its dtype.
-        want_hidden: whether d_hidden is formed.
-        want_weight: whether d_weight is formed.
-        want_bias: whether d_bias is formed.
+        stats: (N,) each, over the whole vocabulary.
+        coefficient: (N,) acc dtype, dL/d(token loss) of each row.
+        blocks: see `VocabBlocks`.
 
     Returns:
-        d_hidden (N, D), d_weight (V, D) and d_bias (V,). d_hidden and d_bias are summed over blocks in acc dtype,
-        and rounded once.
+        d_hidden (N, D), d_weight (V, D) and d_bias (V,) in the dtypes in which ``head``'s gradients wait. d_hidden
+        and d_bias are summed over blocks in acc dtype, and rounded once.
 
     Raises:
         ValueError: ``block_cols`` is not positive, or a label is not below V (CPU).
     """
-    if block_cols < 1:
-        raise ValueError(f"block_cols: expected at least 1, got {block_cols}")
+    if blocks.block_cols < 1:
+        raise ValueError(f"block_cols: expected at least 1, got {blocks.block_cols}")
+    hidden, weight, dtypes = head.hidden, head.weight, head.waiting_dtypes
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     acc = acc_dtype(hidden.dtype)
-    sum_hidden = hidden.new_zeros(rows, depth, dtype=acc) if want_hidden else None
-    d_weight = hidden.new_empty(weight.shape, dtype=dtypes.weight) if want_weight else None
-    d_bias = hidden.new_zeros(vocab, dtype=acc) if want_bias else None
+    sum_hidden = hidden.new_zeros(rows, depth, dtype=acc) if blocks.want_hidden else None
+    d_weight = hidden.new_empty(weight.shape, dtype=dtypes.weight) if blocks.want_weight else None
+    d_bias = hidden.new_zeros(vocab, dtype=acc) if blocks.want_bias else None
     scaled_hidden, weight_scale, gain = hidden, None, None
     if hidden.dtype == torch.float16:
-        gain = float16_gain(row_max, row_sum, logp, head, token_loss)
-        row_scale = row_scale / gain
-    if want_weight:
+        gain = float16_gain(stats, head.transform, head.token_loss)
+        coefficient = coefficient / gain
+    if blocks.want_weight:
         if hidden.dtype == torch.float16:
-            weight_scale = float16_scale(hidden, row_scale)
-        scaled_hidden = products.scale_rows(hidden, row_scale if weight_scale is None else row_scale * weight_scale)
+            weight_scale = float16_scale(hidden, coefficient)
+        factor = coefficient if weight_scale is None else coefficient * weight_scale
+        scaled_hidden = products.scale_rows(hidden, factor)
 
-    width = min(block_cols, vocab)
+    width, wide_rows = min(blocks.block_cols, vocab), blocks.wide_rows
     buffer = hidden.new_empty(rows, padded_cols(width, hidden.element_size()))
     # As in `ChunkEngine`: a product may read a column beyond an odd width.
     buffer[:, width:].zero_()
@@ -99,29 +88,23 @@ def vocab_sweep_backward(
             part = slice(first, min(first + (wide_rows or rows), rows))
             logits = residual if wide is None else wide[: part.stop - first, : cols.stop - begin]
             products.write_logits(hidden[part], weight[cols], logits)
-            backend.residual_from_stats(
-                logits,
+            known = RowStats(stats.row_max[part], stats.row_sum[part], stats.logp[part])
+            head.backend.residual_from_stats(
+                head.block(logits, labels[part], begin),
                 residual[part],
-                labels[part],
-                None if bias is None else bias[cols],
-                head,
-                token_loss,
-                col_offset=begin,
-                vocab_size=vocab,
-                row_max=row_max[part],
-                row_sum=row_sum[part],
-                logp=logp[part],
-                row_scale=None if gain is None else gain[part],
+                head.token_loss,
+                known,
+                RowFactors(None if gain is None else gain[part]),
             )
         if sum_hidden is not None:
             products.add_hidden_grad(sum_hidden, residual, weight[cols])
         if d_weight is not None:
             products.add_weight_grad(d_weight[cols], residual, scaled_hidden, is_first=True)
         if d_bias is not None:
-            products.add_bias_grad(d_bias[cols], residual, row_scale)
+            products.add_bias_grad(d_bias[cols], residual, coefficient)
 
     d_hidden = None
     del buffer, wide, residual, scaled_hidden
     if sum_hidden is not None:
-        d_hidden = products.scale_rows(sum_hidden, row_scale, dtype=dtypes.hidden, owns=True)
+        d_hidden = products.scale_rows(sum_hidden, coefficient, dtype=dtypes.hidden, owns=True)
     return Gradients(d_hidden, d_weight, None if d_bias is None else d_bias.to(dtypes.bias), weight_scale)

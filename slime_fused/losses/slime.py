@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, SlimeWeights
-from slime_fused.engine.streams import slime_terms
+from slime_fused.backends.base import Backend, SlimePairs, SlimeWeights
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses.base import WEIGHTS, Formula
 from slime_fused.losses.config import SlimeLossConfig
@@ -29,8 +28,15 @@ class Slime(SlimeLossConfig, Formula):
         Formula.__post_init__(self)
 
     @classmethod
-    def of(cls, config: SlimeLossConfig) -> Slime:
-        """The loss with the configuration's hyperparameters."""
+    def of(cls, config: SlimeLossConfig | None) -> Slime:
+        """The loss with the configuration's hyperparameters; None is the paper's.
+
+        Raises TypeError for what is no configuration.
+        """
+        if config is None:
+            return cls()
+        if not isinstance(config, SlimeLossConfig):
+            raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
         return config if isinstance(config, cls) else cls(**asdict(config))
 
     @property
@@ -62,8 +68,11 @@ class Slime(SlimeLossConfig, Formula):
     ) -> tuple[UnitTerms, Tensor | None]:
         """See `Loss.evaluate`: by the backend's kernel."""
         pairs = cast(Pairs, units)
-        shares, d_logps = slime_terms(backend, pairs.logps, pairs.bounds, self._weights(pairs), wants_gradient)
-        terms = {name: getattr(shares, name) for name in self.term_names}
+        logps = pairs.logps
+        out = SlimePairs(*(logps.new_empty(pairs.count) for _ in range(5)))
+        d_logps = torch.empty_like(logps) if wants_gradient else None
+        backend.slime_terms(logps, pairs.bounds, self._weights(pairs), out, d_logps)
+        terms = {name: getattr(out, name) for name in self.term_names}
         if WEIGHTS in pairs.given:
             weights = pairs.given[WEIGHTS].to(pairs.logps.dtype)
             terms = {name: term * weights for name, term in terms.items()}
