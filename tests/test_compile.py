@@ -14,7 +14,7 @@ import slime_fused as sf
 from slime_fused import reference
 from slime_fused.autograd import library, token_library
 from slime_fused.engine.calls import HeadOptions, Wants
-from slime_fused.functional import linear
+from slime_fused.functional import tokens, unit_losses
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,10 +125,11 @@ def test_fakes_know_the_dtypes_of_waiting_gradients(hidden_dtype, dtype, workspa
     batch = make_batch((4, 3, 5, 2), dtype=torch.float32, has_bias=True)
     batch = replace(batch, hidden=batch.hidden.to(hidden_dtype)).leaves()
     seen = []
-    for name in ("slime_loss_op", "cross_entropy_op", "token_loss_op"):
+    for name in ("unit_loss_op", "cross_entropy_op", "token_loss_op"):
         op = getattr(library, name)
         monkeypatch.setattr(library, name, lambda *args, op=op: seen.append((op, args)) or op(*args))
-    monkeypatch.setattr(linear, "is_traced", lambda *_: True)
+    for module in (tokens, unit_losses):
+        monkeypatch.setattr(module, "is_traced", lambda *_: True)
     with torch.autocast("cpu", dtype):
         for name in ("slime_loss", "linear_cross_entropy", "linear_logprobs"):
             batch.call(getattr(sf, name), workspace=workspace)

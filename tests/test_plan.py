@@ -17,10 +17,9 @@ from slime_fused.engine.plan import (
     Plan,
     format_bytes,
     make_plan,
-    parse_bytes,
-    resolve_workspace,
 )
 from slime_fused.engine.problem import Problem
+from slime_fused.engine.workspace import parse_bytes, resolve_workspace
 from tests.measure import count_products, memory_of
 from tests.support import BACKENDS, Batch, make_batch, pack, require_backend
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["token", "sequence", "pair", "batch", "later"]
-"""What decides a row's coefficient dL/d(token loss): the log-probs of the token, of its sequence, of its pair, or of
-the whole batch; or what comes from upstream in backward ("later"), as for per-token log-probs."""
+"""What decides a row's coefficient dL/d(token loss): the log-probs of the token, of its sequence, of its pair, of
+all; or ("later") what comes from upstream in backward, as for per-token log-probs."""
 
 ROW_ALIGNMENT = 16
 """Bytes. Rows of the logits buffer begin at multiples of this, so that 16-byte accesses are aligned for any V."""

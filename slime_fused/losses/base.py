@@ -164,7 +164,8 @@ def _gradient(loss: Formula, values: Tensor, factor: Tensor | float, logps: Tens
         return torch.zeros_like(logps)
     d_logps = None
     if values.requires_grad:
-        (d_logps,) = torch.autograd.grad((values * factor).sum(), logps, allow_unused=True)
+        upstream = torch.ones_like(values) * factor
+        (d_logps,) = torch.autograd.grad(values, logps, upstream, allow_unused=True)
     if d_logps is None:
         raise ValueError(f"loss: {loss.name} expected values that depend on the log-probs, got detached ones")
     return d_logps
