@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends import get_backend
-from slime_fused.backends.base import Backend, HeadTransform, SlimeWeights, TokenLoss, acc_dtype
+from slime_fused.backends.base import (
+    Backend,
+    HeadTransform,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    SlimePairs,
+    SlimeWeights,
+    TokenLoss,
+    VocabStats,
+    acc_dtype,
+)
 
 _ROWS = 5
 # The last takes clusters of blocks on compute capability 9.x and 10.x: two in 16 bits, four in float32.
@@ -41,9 +52,9 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     labels = torch.randint(columns, (_ROWS,), generator=gen, device=device)
     labels[1] = -1
     acc = acc_dtype(dtype)
-    names = ("row_max", "row_sum", "logp")
-    stats = {name: torch.full((_ROWS,), float("nan"), dtype=acc, device=device) for name in names}
+    stats = RowStats(*torch.full((3, _ROWS), float("nan"), dtype=acc, device=device).unbind())
     head, plain = HeadTransform(), TokenLoss()
+    block = LogitsBlock(logits, labels, None, head)
 
     keep = (labels >= 0).double()
     truth_lse = torch.logsumexp(logits.double(), 1)
@@ -58,47 +69,24 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
         # The residual of 16-bit operands whose logits are float32.
         for narrow in (torch.bfloat16, torch.float16):
             residual = torch.full_like(storage, float("nan"), dtype=narrow)[:, :columns]
-            backend.softmax_residual(logits, residual, labels, None, head, plain, **stats, loss=None)
+            backend.softmax_residual(block, residual, plain, stats)
             _require_close("softmax_residual, narrow", residual, truth, torch.finfo(narrow).eps + 1e-5)
-    backend.softmax_residual(logits, out, labels, None, head, plain, **stats, loss=None)
-    _require_close("softmax_residual lse", stats["row_max"] + stats["row_sum"].log(), truth_lse * keep, 1e-4)
-    _require_close("softmax_residual logp", stats["logp"], truth_logp, 1e-4)
+    backend.softmax_residual(block, out, plain, stats)
+    _require_close("softmax_residual lse", stats.row_max + stats.row_sum.log(), truth_lse * keep, 1e-4)
+    _require_close("softmax_residual logp", stats.logp, truth_logp, 1e-4)
     _require_close("softmax_residual", out, truth, unit + 1e-5)
 
-    statistics = [torch.zeros(_ROWS, dtype=acc, device=device) for _ in range(4)]
+    row_max, row_sum, label_logit, logit_sum = torch.zeros(4, _ROWS, dtype=acc, device=device).unbind()
     split = columns // 2
     for begin, end in ((0, split), (split, columns)):
         if begin == end:
             continue
-        row_max, row_sum, label_logit, logit_sum = statistics
-        backend.logits_stats(
-            logits[:, begin:end],
-            labels,
-            None,
-            head,
-            col_offset=begin,
-            row_max=row_max,
-            row_sum=row_sum,
-            label_logit=label_logit,
-            logit_sum=logit_sum,
-            merge=begin > 0,
-        )
-    row_max, row_sum, label_logit, logit_sum = statistics
+        part = LogitsBlock(logits[:, begin:end], labels, None, head, begin, columns)
+        backend.logits_stats(part, VocabStats(row_max, row_sum, label_logit, logit_sum), merge=begin > 0)
     _require_close("logits_stats lse", row_max + row_sum.log(), truth_lse, 1e-4)
     _require_close("logits_stats sum", logit_sum, logits.double().sum(1), 1e-2)
     scale = torch.linspace(-1, 1, _ROWS, dtype=acc, device=device)
-    backend.residual_from_stats(
-        logits,
-        logits,
-        labels,
-        None,
-        head,
-        plain,
-        col_offset=0,
-        vocab_size=columns,
-        **stats,
-        row_scale=scale,
-    )
+    backend.residual_from_stats(block, logits, plain, stats, RowFactors(scale))
     _require_close("residual_from_stats", logits, truth * scale.double()[:, None], unit + 1e-5)
 
 
@@ -116,23 +104,13 @@ def check_segments(backend: Backend, device: torch.device) -> None:
     lengths = torch.tensor(_LENGTHS, device=device)
     _require_close("segment_sum_backward", spread, (truth / lengths).repeat_interleave(lengths), 1e-5)
 
-    chosen, rejected, anchor, margin, stabilizer = (torch.empty(pairs, device=device) for _ in range(5))
+    terms = SlimePairs(*torch.empty(5, pairs, device=device).unbind())
     d_logp = torch.empty(n, device=device)
-    backend.slime_terms(
-        logp,
-        cu_seqlens,
-        _PAPER,
-        chosen_logps=chosen,
-        rejected_logps=rejected,
-        anchor=anchor,
-        margin_loss=margin,
-        stabilizer=stabilizer,
-        d_logp=d_logp,
-    )
+    backend.slime_terms(logp, cu_seqlens, _PAPER, terms, d_logp)
     means = truth / lengths
-    _require_close("slime_terms chosen", chosen, means[:pairs], 1e-5)
-    _require_close("slime_terms rejected", rejected, means[pairs:], 1e-5)
-    _require_close("slime_terms anchor", anchor.sum(), -0.1 * means[:pairs].mean(), 1e-5)
+    _require_close("slime_terms chosen", terms.chosen_logps, means[:pairs], 1e-5)
+    _require_close("slime_terms rejected", terms.rejected_logps, means[pairs:], 1e-5)
+    _require_close("slime_terms anchor", terms.anchor.sum(), -0.1 * means[:pairs].mean(), 1e-5)
     backend.scale_(d_logp, torch.tensor(2.0, device=device))
 
 

@@ -4,9 +4,9 @@ Why these suffice: V = 1 and 2 (no vector at all), 37 (tails only), 1000 (vector
 a padded pitch), 4096 (aligned, several visits per thread) walk every branch of a row loop; M runs from 0 over 1 to
 more rows than a small grid; each fused feature (bias, scale, soft cap, smoothing, z-loss, ignored rows) is on alone
 and all are on together. A temperature below and above 1 meets each of the two paths that it takes, in the scale and
-after a soft cap: 0.5 is a power of two, which rounds nothing, 3 is not. Scales below 0 turn the order of the logits
-round and a scale of 0 makes them all equal: a row's tail, which no logit fills, must stay out of the statistics then
-too, so both meet tails and full blocks.
+after a soft cap: 0.5 is a power of two, which rounds nothing, 3 is not. Scales below 0 turn the order of the
+logits round and a scale of 0 makes them all equal: a row's tail, which no logit fills, must stay out of the
+statistics then too, so both meet tails and full blocks.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from slime_fused.backends import get_backend
 from slime_fused.backends.base import LogitsBlock, RowStats
 from tests import backend_grid as grid
+from tests import moment_grid, token_grid
 
 CPU = torch.device("cpu")
 
@@ -47,25 +48,47 @@ def test_target_does_not_cancel(backend, dtype):
     grid.check_target_does_not_cancel(backend, dtype, CPU)
 
 
-@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", moment_grid.moment_cases(), ids=lambda c: c.name)
+def test_moments(backend, case, shards):
+    moment_grid.check_moments(backend, case, CPU, shards)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", moment_grid.moment_cases(), ids=lambda c: c.name)
+def test_entropy_residual(backend, case, shards):
+    moment_grid.check_entropy_residual(backend, case, CPU, shards)
+
+
+@pytest.mark.parametrize("dtype", grid.DTYPES)
+def test_extreme_moments(backend, dtype):
+    moment_grid.check_extreme_moments(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", grid.DTYPES)
+def test_label_rank(backend, dtype):
+    moment_grid.check_label_rank(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("lengths", token_grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_segment_sum(backend, lengths, dtype):
-    grid.check_segment_sum(backend, lengths, dtype, CPU)
+    token_grid.check_segment_sum(backend, lengths, dtype, CPU)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slime_terms(backend, reduction, dtype):
-    grid.check_slime_terms(backend, grid.WEIGHTS[reduction], dtype, CPU)
+    token_grid.check_slime_terms(backend, token_grid.WEIGHTS[reduction], dtype, CPU)
 
 
 def test_margin_at_the_hinge(backend):
-    grid.check_margin_at_the_hinge(backend, CPU)
+    token_grid.check_margin_at_the_hinge(backend, CPU)
 
 
 @pytest.mark.parametrize("dtype", grid.DTYPES)
 def test_scale(backend, dtype):
-    grid.check_scale(backend, dtype, CPU)
+    token_grid.check_scale(backend, dtype, CPU)
 
 
 def test_label_beyond_the_vocabulary_is_refused_before_anything_is_written(backend):

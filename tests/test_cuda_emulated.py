@@ -20,7 +20,9 @@ import pytest
 import torch
 
 import slime_fused.backends.cuda as cuda_backend
+from slime_fused.backends.base import LogitsBlock, RowStats, SlimePairs, VocabStats
 from tests import backend_grid as grid
+from tests import moment_grid, token_grid
 from tests.cuda_emulator.backend import emulated_backend, load_module
 from tests.cuda_emulator.build import EmulatorUnavailable, Mode, build, sanitizer_environment
 from tests.narrow_residual import CASES as NARROW_CASES
@@ -93,10 +95,9 @@ def test_in_place_and_elsewhere_give_the_same_bits(native, dtype, plan):
     aligned, in_place = torch.full((2, 4, 3008), torch.nan, dtype=dtype)[:, :, :3001]
     in_place.copy_(data.raw)
     for logits, out in ((data.raw, aligned), (data.raw, shifted), (in_place, in_place)):
-        rows = data.empty_rows(4)
-        stats = {"row_max": rows[0], "row_sum": rows[1], "logp": rows[2], "loss": rows[3]}
-        backend.softmax_residual(logits, out, data.labels, None, grid.PLAIN_HEAD, grid.NLL, **stats)
-        results.append((out.clone(), torch.stack(rows)))
+        stats = data.token_stats()
+        backend.softmax_residual(LogitsBlock(logits, data.labels, None, grid.PLAIN_HEAD), out, grid.NLL, stats)
+        results.append((out.clone(), torch.stack(stats.tensors())))
     for out, stats in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(stats, results[0][1])
@@ -139,23 +140,44 @@ def test_target_does_not_cancel(backend, dtype):
     grid.check_target_does_not_cancel(backend, dtype, CPU)
 
 
-@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", moment_grid.moment_cases(DTYPES), ids=lambda c: c.name)
+def test_moments(backend, case, shards):
+    moment_grid.check_moments(backend, case, CPU, shards)
+
+
+@pytest.mark.parametrize("case", moment_grid.moment_cases(DTYPES), ids=lambda c: c.name)
+def test_entropy_residual(backend, case):
+    moment_grid.check_entropy_residual(backend, case, CPU, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_moments(backend, dtype):
+    moment_grid.check_extreme_moments(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_label_rank(backend, dtype):
+    moment_grid.check_label_rank(backend, dtype, CPU)
+
+
+@pytest.mark.parametrize("lengths", token_grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
 def test_segment_sum(backend, lengths):
-    grid.check_segment_sum(backend, lengths, torch.float32, CPU)
+    token_grid.check_segment_sum(backend, lengths, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 def test_slime_terms(backend, reduction):
-    grid.check_slime_terms(backend, grid.WEIGHTS[reduction], torch.float32, CPU)
+    token_grid.check_slime_terms(backend, token_grid.WEIGHTS[reduction], torch.float32, CPU)
 
 
 def test_margin_at_the_hinge(backend):
-    grid.check_margin_at_the_hinge(backend, CPU)
+    token_grid.check_margin_at_the_hinge(backend, CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(backend, dtype):
-    grid.check_scale(backend, dtype, CPU)
+    token_grid.check_scale(backend, dtype, CPU)
 
 
 # Each way a row can wait between its two visits, with rows that fill it, overflow it and leave most of it empty.
@@ -292,42 +314,18 @@ def test_a_build_for_older_devices_takes_no_clusters(native, monkeypatch):
 def row_results(backend: Any, case: grid.RowCase) -> list[torch.Tensor]:
     """Everything the three row kernels and the token kernels write for one problem."""
     data = grid.RowData(case, CPU)
-    rows = data.empty_rows(9)
+    block, stats, (*of_columns, d_logp) = data.block(), data.token_stats(), data.empty_rows(5)
     out, out_from_stats = torch.full_like(data.raw, torch.nan), torch.full_like(data.raw, torch.nan)
-    common = (data.labels, data.bias, case.head)
-    backend.softmax_residual(
-        data.raw, out, *common, case.token_loss, row_max=rows[8], row_sum=rows[0], logp=rows[1], loss=rows[2]
-    )
-    backend.logits_stats(
-        data.raw,
-        *common,
-        col_offset=0,
-        row_max=rows[3],
-        row_sum=rows[4],
-        label_logit=rows[5],
-        logit_sum=rows[6],
-        merge=False,
-    )
-    backend.residual_from_stats(
-        data.raw,
-        out_from_stats,
-        *common,
-        case.token_loss,
-        col_offset=0,
-        vocab_size=case.vocab,
-        row_max=rows[8],
-        row_sum=rows[0],
-        logp=rows[1],
-        row_scale=None,
-    )
+    backend.softmax_residual(block, out, case.token_loss, stats)
+    backend.logits_stats(block, VocabStats(*of_columns))
+    backend.residual_from_stats(block, out_from_stats, case.token_loss, stats)
     cu_seqlens = torch.tensor([0, 1, 3, 3, case.rows], dtype=torch.int32)
     sums = torch.full((4,), torch.nan)
-    backend.segment_sum(rows[1], cu_seqlens, sums, mean=True)
+    backend.segment_sum(stats.logp, cu_seqlens, sums, mean=True)
     terms = torch.full((5, 2), torch.nan)
-    names = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
-    outputs = dict(zip(names, terms.unbind(), strict=True))
-    backend.slime_terms(rows[1], cu_seqlens, grid.WEIGHTS["sequence"], d_logp=rows[7], **outputs)
-    return [out, out_from_stats, torch.stack(rows), sums, terms]
+    weights = token_grid.WEIGHTS["sequence"]
+    backend.slime_terms(stats.logp, cu_seqlens, weights, SlimePairs(*terms.unbind()), d_logp)
+    return [out, out_from_stats, *stats.tensors(), *of_columns, d_logp, sums, terms]
 
 
 @pytest.mark.parametrize("cluster", [1, 4])
@@ -348,17 +346,9 @@ def test_no_schedule_changes_a_bit(native, dtype, cluster):
 def test_label_beyond_the_vocabulary_traps_and_is_named(backend, kernel, capfd):
     logits = torch.zeros(3, 8)
     labels = torch.tensor([1, 8, 2])
-    row_max, row_sum, logp = torch.zeros(3, 3).unbind()
-    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
-    arguments = (logits, torch.empty_like(logits), labels, None, grid.PLAIN_HEAD, grid.NLL)
-    if kernel == "softmax_residual":
-        call = lambda: backend.softmax_residual(*arguments, **stats, loss=None)  # noqa: E731
-    else:
-        call = lambda: backend.residual_from_stats(  # noqa: E731
-            *arguments, col_offset=0, vocab_size=8, **stats, row_scale=None
-        )
+    block, stats = LogitsBlock(logits, labels, None, grid.PLAIN_HEAD), RowStats(*torch.zeros(3, 3).unbind())
     with pytest.raises(RuntimeError, match=r"__trap\(\)"):
-        call()
+        getattr(backend, kernel)(block, torch.empty_like(logits), grid.NLL, stats)
     assert "labels[1] = 8 is not in [0, 8)" in capfd.readouterr().out
 
 

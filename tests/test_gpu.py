@@ -11,7 +11,9 @@ import torch
 import slime_fused as sf
 from slime_fused import reference
 from slime_fused.backends import get_backend
+from slime_fused.backends.base import LogitsBlock, RowStats
 from tests import backend_grid as grid
+from tests import moment_grid, token_grid
 from tests.narrow_residual import CASES as NARROW_CASES
 from tests.narrow_residual import HALVES, check_narrow_residual
 
@@ -118,23 +120,45 @@ def test_target_does_not_cancel(backend, dtype):
     grid.check_target_does_not_cancel(backend, dtype, DEVICE)
 
 
-@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", moment_grid.moment_cases(GPU_DTYPES), ids=lambda c: c.name)
+def test_moments(backend, case, shards):
+    moment_grid.check_moments(backend, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("case", moment_grid.moment_cases(GPU_DTYPES), ids=lambda c: c.name)
+def test_entropy_residual(backend, case, shards):
+    moment_grid.check_entropy_residual(backend, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+def test_extreme_moments(backend, dtype):
+    moment_grid.check_extreme_moments(backend, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+def test_label_rank(backend, dtype):
+    moment_grid.check_label_rank(backend, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("lengths", token_grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
 def test_segment_sum(backend, lengths):
-    grid.check_segment_sum(backend, lengths, torch.float32, DEVICE)
+    token_grid.check_segment_sum(backend, lengths, torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 def test_slime_terms(backend, reduction):
-    grid.check_slime_terms(backend, grid.WEIGHTS[reduction], torch.float32, DEVICE)
+    token_grid.check_slime_terms(backend, token_grid.WEIGHTS[reduction], torch.float32, DEVICE)
 
 
 def test_margin_at_the_hinge(backend):
-    grid.check_margin_at_the_hinge(backend, DEVICE)
+    token_grid.check_margin_at_the_hinge(backend, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", GPU_DTYPES)
 def test_scale(backend, dtype):
-    grid.check_scale(backend, dtype, DEVICE)
+    token_grid.check_scale(backend, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("workspace", ["auto", "90KB", "16KB"])
@@ -176,7 +200,7 @@ def test_stream_row_kernels_wait_for_their_own(backend):
     data = grid.RowData(case, DEVICE)
     late = torch.zeros_like(data.raw)
     out = torch.empty_like(data.raw)
-    stats = dict(zip(("row_max", "row_sum", "logp"), data.empty_rows(3), strict=True))
+    block, stats = LogitsBlock(late, data.labels, None, case.head), RowStats(*data.empty_rows(3))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -184,7 +208,7 @@ def test_stream_row_kernels_wait_for_their_own(backend):
             late.zero_()
             torch.cuda._sleep(50_000_000)
             late.copy_(data.raw)
-            backend.softmax_residual(late, out, data.labels, None, case.head, case.token_loss, **stats, loss=None)
+            backend.softmax_residual(block, out, case.token_loss, stats)
     side.synchronize()
     data.check("residual", out)
 

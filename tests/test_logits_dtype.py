@@ -21,7 +21,7 @@ import slime_fused as sf
 from bench import precision
 from slime_fused import reference
 from slime_fused.backends import get_backend, native
-from slime_fused.backends.base import LinearStatsBackend
+from slime_fused.backends.base import LinearStatsBackend, LogitsBlock, RowStats
 from slime_fused.engine.plan import FUSED_LEAST_COLS, WEIGHT_GRAD_BLOCK_BYTES, Plan, make_plan
 from slime_fused.engine.problem import WIDE_LOGITS_ROWS, Problem
 from slime_fused.engine.workspace import parse_bytes
@@ -98,8 +98,7 @@ def test_residual_of_fewer_bits_on_every_instruction_set(isa, dtype):
 
 def test_residuals_of_other_dtypes_are_refused():
     """The native kernels would write beyond the buffer."""
-    labels, stats = torch.zeros(2, dtype=torch.int64), torch.empty(3, 2)
-    names = ("row_max", "row_sum", "logp")
+    labels, stats = torch.zeros(2, dtype=torch.int64), RowStats(*torch.empty(3, 2))
     for dtype, out_dtype in (
         (torch.bfloat16, torch.float16),
         (torch.float32, torch.float64),
@@ -107,9 +106,7 @@ def test_residuals_of_other_dtypes_are_refused():
     ):
         logits, out = torch.zeros(2, 8, dtype=dtype), torch.zeros(2, 8, dtype=out_dtype)
         with pytest.raises(TypeError, match="out: expected dtype"):
-            get_backend("cpu").softmax_residual(
-                logits, out, labels, None, PLAIN_HEAD, NLL, loss=None, **dict(zip(names, stats, strict=True))
-            )
+            get_backend("cpu").softmax_residual(LogitsBlock(logits, labels, None, PLAIN_HEAD), out, NLL, stats)
 
 
 @pytest.mark.parametrize("spread", [2.0, 30.0])

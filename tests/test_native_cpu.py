@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import (
+    HeadTransform,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    TokenLoss,
+    TokenStats,
+    VocabStats,
+    acc_dtype,
+)
 from slime_fused.backends.cpu import CpuBackend
 from slime_fused.backends.native import _C
 
@@ -49,10 +58,9 @@ def residual(logits, labels, *, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOS
     """(residual, lse, logp, loss) of the native kernel."""
     rows, acc = logits.shape[0], acc_dtype(logits.dtype)
     out = torch.full(logits.shape, 7.0, dtype=logits.dtype) if out is None else out
-    row_max, row_sum, logp, loss = (torch.full((rows,), 7.0, dtype=acc) for _ in range(4))
-    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
-    BACKEND.softmax_residual(logits, out, labels, bias, head, token_loss, **stats, loss=loss)
-    return out, row_max + row_sum.log(), logp, loss
+    stats = TokenStats(*(torch.full((rows,), 7.0, dtype=acc) for _ in range(4)))
+    BACKEND.softmax_residual(LogitsBlock(logits, labels, bias, head), out, token_loss, stats)
+    return out, stats.row_max + stats.row_sum.log(), stats.logp, stats.loss
 
 
 def plain(logits, labels, *, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOSS, dtype=torch.float64):
@@ -125,21 +133,19 @@ def test_blocks_of_columns_merge_to_the_whole_row(isa, dtype):
     logits = (torch.randn(rows, cols, generator=generator) * 6).to(dtype)
     labels = torch.tensor([0, 16, 200, 201, 516, -100])
     row_scale = torch.rand(rows, generator=generator).to(acc_dtype(dtype))
-    stats = {
-        n: torch.zeros(rows, dtype=row_scale.dtype) for n in ("row_max", "row_sum", "label_logit", "logit_sum")
-    }
-    bounds = [(0, 17), (17, 201), (201, 517)]
-    for begin, end in bounds:
-        BACKEND.logits_stats(logits[:, begin:end], labels, None, head, col_offset=begin, merge=begin > 0, **stats)
-    lse = stats["row_max"] + stats["row_sum"].log()
-    logp = stats["label_logit"] - stats["row_max"] - stats["row_sum"].log()
-    out = torch.full_like(logits, 7.0)
-    for begin, end in bounds:
-        BACKEND.residual_from_stats(
-            logits[:, begin:end], out[:, begin:end], labels, None, head, token_loss,
-            col_offset=begin, vocab_size=cols, row_max=stats["row_max"], row_sum=stats["row_sum"], logp=logp,
-            row_scale=row_scale,
-        )  # fmt: skip
+    stats = VocabStats(*(torch.zeros(rows, dtype=row_scale.dtype) for _ in range(4)))
+    blocks = [
+        LogitsBlock(logits[:, begin:end], labels, None, head, begin, cols)
+        for begin, end in ((0, 17), (17, 201), (201, 517))
+    ]
+    for block in blocks:
+        BACKEND.logits_stats(block, stats, merge=block.col_offset > 0)
+    lse = stats.row_max + stats.row_sum.log()
+    logp = stats.label_logit - stats.row_max - stats.row_sum.log()
+    out, known = torch.full_like(logits, 7.0), RowStats(stats.row_max, stats.row_sum, logp)
+    for block in blocks:
+        part = out[:, block.col_offset :][:, : block.logits.shape[1]]
+        BACKEND.residual_from_stats(block, part, token_loss, known, RowFactors(row_scale))
 
     safe, kept = labels.clamp(min=0), (labels >= 0)
     exact = plain(logits, safe, head=head, token_loss=token_loss)
@@ -149,9 +155,9 @@ def test_blocks_of_columns_merge_to_the_whole_row(isa, dtype):
     assert_as_good_as_plain(lse, exact[1], rounded[1], "lse")
     assert_as_good_as_plain(logp[kept], exact[2][kept], rounded[2][kept], "logp")
     z = 20.0 * torch.tanh(logits.double() * 0.5 / 20.0)
-    np.testing.assert_allclose(stats["logit_sum"], z.sum(1), atol=z.abs().sum(1).max() * 2e-7)
+    np.testing.assert_allclose(stats.logit_sum, z.sum(1), atol=z.abs().sum(1).max() * 2e-7)
     assert (out[5] == 0).all()
-    assert stats["label_logit"][5] == 0
+    assert stats.label_logit[5] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,15 +245,13 @@ def test_a_label_outside_the_vocabulary_is_named_before_anything_is_written():
     logits = torch.randn(4, 10)
     labels = torch.tensor([1, 2, 10, -100])
     out = torch.full((4, 10), 7.0)
-    stats = {name: torch.full((4,), 7.0) for name in ("row_max", "row_sum", "logp")}
+    stats = RowStats(*(torch.full((4,), 7.0) for _ in range(3)))
     with pytest.raises(ValueError, match=r"labels: .* below the vocabulary size 10, got 10 at row 2"):
-        BACKEND.softmax_residual(logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, **stats, loss=None)
+        BACKEND.softmax_residual(LogitsBlock(logits, labels, None, PLAIN_HEAD), out, PLAIN_LOSS, stats)
+    block = LogitsBlock(logits[:, :4], labels, None, PLAIN_HEAD, col_offset=2, vocab_size=10)
     with pytest.raises(ValueError, match=r"below the vocabulary size 10, got 10 at row 2"):
-        BACKEND.residual_from_stats(
-            logits[:, :4], out[:, :4], labels, None, PLAIN_HEAD, PLAIN_LOSS,
-            col_offset=2, vocab_size=10, **stats, row_scale=None,
-        )  # fmt: skip
-    assert all((tensor == 7).all() for tensor in (out, *stats.values()))
+        BACKEND.residual_from_stats(block, out[:, :4], PLAIN_LOSS, stats)
+    assert all((tensor == 7).all() for tensor in (out, *vars(stats).values()))
 
 
 NATIVE_ARGS = {
@@ -290,10 +294,11 @@ def test_tensors_of_the_wrong_shape_dtype_or_layout_are_named():
         ({"row_max": good.double()}, TypeError, "row_max: expected dtype torch.float32, got torch.float64"),
         ({"logp": torch.empty(8)[::2]}, ValueError, "logp: expected a contiguous tensor, got stride 2"),
     ]:
-        stats = {"row_max": good, "row_sum": good.clone(), "logp": good.clone()}
-        args = {"out": torch.empty(4, 10), "labels": labels, **stats, **change}
+        args = {"out": torch.empty(4, 10), "labels": labels, "row_max": good, "logp": good.clone(), **change}
+        block = LogitsBlock(logits, args["labels"], None, PLAIN_HEAD)
+        stats = RowStats(args["row_max"], good.clone(), args["logp"])
         with pytest.raises(error, match=message):
-            BACKEND.softmax_residual(logits, bias=None, head=PLAIN_HEAD, token_loss=PLAIN_LOSS, loss=None, **args)
+            BACKEND.softmax_residual(block, args["out"], PLAIN_LOSS, stats)
     assert not BACKEND.supports(torch.device("cpu"), torch.int32)[0]
     assert not BACKEND.supports(torch.device("meta"), torch.float32)[0]
 
@@ -333,12 +338,12 @@ def test_a_forked_child_makes_its_own_threads(threads):
     expected = residual(logits, labels)[0].numpy()
     # The child calls no large torch operation: the OpenMP threads of torch do not survive a fork.
     out = torch.empty(64, 4000)
-    stats = {name: torch.empty(64) for name in ("row_max", "row_sum", "logp")}
+    stats = RowStats(*(torch.empty(64) for _ in range(3)))
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(20)  # a pool that waits for threads it does not have would hang
-        BACKEND.softmax_residual(logits, out, labels, None, PLAIN_HEAD, PLAIN_LOSS, **stats, loss=None)
+        BACKEND.softmax_residual(LogitsBlock(logits, labels, None, PLAIN_HEAD), out, PLAIN_LOSS, stats)
         os._exit(0 if np.array_equal(out.numpy(), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert np.array_equal(residual(logits, labels)[0].numpy(), expected)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
+from slime_fused.backends.base import (
+    HeadTransform,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    TokenLoss,
+    VocabStats,
+    acc_dtype,
+)
 from slime_fused.backends.cpu import CpuBackend
 from slime_fused.backends.native import _C
 
@@ -32,11 +40,8 @@ def exp_of(x, out_dtype):
     rows = logits.shape[0]
     zeros = torch.zeros(rows, dtype=acc_dtype(x.dtype))
     out = torch.empty_like(logits)
-    BACKEND.residual_from_stats(
-        logits, out, torch.full((rows,), cols), None, PLAIN_HEAD, PLAIN_LOSS,
-        col_offset=0, vocab_size=cols + 1, row_max=zeros, row_sum=torch.ones_like(zeros), logp=zeros,
-        row_scale=None,
-    )  # fmt: skip
+    block = LogitsBlock(logits, torch.full((rows,), cols), None, PLAIN_HEAD, vocab_size=cols + 1)
+    BACKEND.residual_from_stats(block, out, PLAIN_LOSS, RowStats(zeros, torch.ones_like(zeros), zeros))
     return out.flatten()[: len(x)].to(out_dtype)
 
 
@@ -54,12 +59,11 @@ def test_exp_is_within_two_ulp_and_vanishes_below(isa, dtype, lowest):
 
 def stats_of_single_columns(x, softcap):
     """z of a flat tensor of logits: the row maximum of rows of one column."""
-    stats = {n: torch.empty(len(x), dtype=acc_dtype(x.dtype)) for n in ("row_max", "row_sum", "label_logit")}
+    stats = VocabStats(*(torch.empty(len(x), dtype=acc_dtype(x.dtype)) for _ in range(3)))
     labels = torch.zeros(len(x), dtype=torch.int64)
-    head = HeadTransform(1.0, softcap)
-    BACKEND.logits_stats(x[:, None], labels, None, head, col_offset=0, logit_sum=None, merge=False, **stats)
-    assert torch.equal(stats["label_logit"], stats["row_max"])
-    return stats["row_max"]
+    BACKEND.logits_stats(LogitsBlock(x[:, None], labels, None, HeadTransform(1.0, softcap)), stats)
+    assert torch.equal(stats.label_logit, stats.row_max)
+    return stats.row_max
 
 
 def test_tanh_is_within_three_ulp(isa):
@@ -93,10 +97,9 @@ def test_stores_round_to_nearest_even(isa, dtype, cols):
     rows = len(values)
     logits = torch.full((rows, cols), -INF, dtype=dtype)
     zeros = torch.zeros(rows)
-    BACKEND.residual_from_stats(
-        logits, logits, torch.full((rows,), 100), None, HeadTransform(128.0), TokenLoss(1.0),
-        col_offset=0, vocab_size=128, row_max=zeros, row_sum=torch.ones_like(zeros), logp=zeros, row_scale=values,
-    )  # fmt: skip
+    block = LogitsBlock(logits, torch.full((rows,), 100), None, HeadTransform(128.0), vocab_size=128)
+    stats = RowStats(zeros, torch.ones_like(zeros), zeros)
+    BACKEND.residual_from_stats(block, logits, TokenLoss(1.0), stats, RowFactors(values))
     expected = (-values).to(dtype)
     nan = expected.isnan()
     assert nan.any()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime_fused.backends.base import SlimeWeights
+from slime_fused.backends.base import SlimePairs, SlimeWeights
 from slime_fused.backends.cpu import CpuBackend
 
 BACKEND = CpuBackend()
@@ -19,16 +19,15 @@ PAPER = SlimeWeights(
     lambda_w=0.1, lambda_l=0.1, lambda_d=1.0, delta=1.25, margin_hard=1.5, margin_soft=1.0, kappa=2.5, power=2.5,
     pair_weight=1.0, token_weight=0.0,
 )  # fmt: skip
-OUTPUTS = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
 
 
 def terms(logp, lengths, weights=PAPER):
     """All outputs of slime_terms by name, ``d_logp`` among them."""
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    out = {name: torch.full((len(lengths) // 2,), 7.0, dtype=logp.dtype) for name in OUTPUTS}
-    out["d_logp"] = torch.full_like(logp, 7.0)
-    BACKEND.slime_terms(logp, cu_seqlens, weights, **out)
-    return out
+    out = SlimePairs(*(torch.full((len(lengths) // 2,), 7.0, dtype=logp.dtype) for _ in range(5)))
+    d_logp = torch.full_like(logp, 7.0)
+    BACKEND.slime_terms(logp, cu_seqlens, weights, out, d_logp)
+    return {**vars(out), "d_logp": d_logp}
 
 
 def autograd_terms(logp, lengths, weights):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import backend_grid as grid
+from tests import moment_grid, token_grid
 from tests.narrow_residual import CASES as NARROW_CASES
 from tests.narrow_residual import HALVES, check_narrow_residual
 from tests.triton_support import DEVICE, INTERPRETING, skip_unless_kernels_run
@@ -64,20 +65,44 @@ def test_target_does_not_cancel(dtype):
     grid.check_target_does_not_cancel(BACKEND, dtype, DEVICE)
 
 
-@pytest.mark.parametrize("lengths", grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
+MOMENT_CASES = [case for case in moment_grid.moment_cases(DTYPES) if is_worth_running(case)]
+
+
+@pytest.mark.parametrize("shards", [3] if INTERPRETING else [1, 3])
+@pytest.mark.parametrize("case", MOMENT_CASES, ids=lambda c: c.name)
+def test_moments(case, shards):
+    moment_grid.check_moments(BACKEND, case, DEVICE, shards)
+
+
+@pytest.mark.parametrize("case", MOMENT_CASES, ids=lambda c: c.name)
+def test_entropy_residual(case):
+    moment_grid.check_entropy_residual(BACKEND, case, DEVICE, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_moments(dtype):
+    moment_grid.check_extreme_moments(BACKEND, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETING else DTYPES)
+def test_label_rank(dtype):
+    moment_grid.check_label_rank(BACKEND, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("lengths", token_grid.SEGMENTS, ids=lambda s: f"{len(s)}x{max(s)}")
 def test_segment_sum(lengths):
-    grid.check_segment_sum(BACKEND, lengths, torch.float32, DEVICE)
+    token_grid.check_segment_sum(BACKEND, lengths, torch.float32, DEVICE)
 
 
 @pytest.mark.parametrize("reduction", ["sequence", "token"])
 def test_slime_terms(reduction):
-    grid.check_slime_terms(BACKEND, grid.WEIGHTS[reduction], torch.float32, DEVICE)
+    token_grid.check_slime_terms(BACKEND, token_grid.WEIGHTS[reduction], torch.float32, DEVICE)
 
 
 def test_margin_at_the_hinge():
-    grid.check_margin_at_the_hinge(BACKEND, DEVICE)
+    token_grid.check_margin_at_the_hinge(BACKEND, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale(dtype):
-    grid.check_scale(BACKEND, dtype, DEVICE)
+    token_grid.check_scale(BACKEND, dtype, DEVICE)

@@ -17,7 +17,7 @@ skip_unless_kernels_run()
 from slime_fused.triton_kernels import linear_stats as kernels  # noqa: E402
 from slime_fused.triton_kernels.configs import LinearConfig  # noqa: E402
 
-from slime_fused.backends.base import HeadTransform  # noqa: E402
+from slime_fused.backends.base import HeadTransform, LinearBlock, LogitsBlock, VocabStats  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
@@ -43,19 +43,10 @@ def make_problem(rows, cols, depth, dtype, *, has_bias):
 def exact_stats(hidden, weight, labels, bias, head, col_offset=0, *, rounded=True):
     """(max, sum, label logit, sum of logits) in float64, of products rounded as stored ones are, or not."""
     product = hidden.double() @ weight.double().T
+    product = product.to(hidden.dtype).double() if rounded else product
     out = [torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device) for _ in range(4)]
-    TorchBackend().logits_stats(
-        product.to(hidden.dtype).double() if rounded else product,
-        labels,
-        None if bias is None else bias.double(),
-        head,
-        col_offset=col_offset,
-        row_max=out[0],
-        row_sum=out[1],
-        label_logit=out[2],
-        logit_sum=out[3],
-        merge=False,
-    )
+    block = LogitsBlock(product, labels, None if bias is None else bias.double(), head, col_offset)
+    TorchBackend().logits_stats(block, VocabStats(*out))
     return out
 
 
@@ -143,14 +134,13 @@ def test_backend_method(dtype):
     """The shipped tile sizes, through the backend, with and without the sum of logits; and no rows."""
     hidden, weight, labels, bias = make_problem(70, 300, 50, dtype, has_bias=True)
     head = HeadTransform(softcap=10.0)
-    names = ("row_max", "row_sum", "label_logit")
-    out = {name: torch.empty(70, device=DEVICE) for name in names}
     exact = exact_stats(hidden, weight, labels, bias, head)
-    for logit_sum in (None, torch.empty(70, device=DEVICE)):
-        TritonBackend().linear_stats(hidden, weight, labels, bias, head, col_offset=0, logit_sum=logit_sum, **out)
-        assert_stats_match([*out.values(), *([] if logit_sum is None else [logit_sum])], exact, 50)
-    none = {name: torch.empty(0, device=DEVICE) for name in names}
-    TritonBackend().linear_stats(hidden[:0], weight, labels[:0], bias, head, col_offset=0, logit_sum=None, **none)
+    for count in (3, 4):
+        out = torch.empty(count, 70, device=DEVICE).unbind()
+        TritonBackend().linear_stats(LinearBlock(hidden, weight, labels, bias, head), VocabStats(*out))
+        assert_stats_match(out, exact, 50)
+    none = VocabStats(*torch.empty(3, 0, device=DEVICE).unbind())
+    TritonBackend().linear_stats(LinearBlock(hidden[:0], weight, labels[:0], bias, head), none)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -159,12 +149,11 @@ def test_products_for_float32_logits_are_not_rounded(dtype):
     hidden, weight, labels, bias = make_problem(70, 300, 50, dtype, has_bias=True)
     hidden = (1.3 * hidden).to(dtype)  # as they are made, their products fit 16 bits
     wide_bias = bias.float() + 1e-4
-    out = {name: torch.empty(70, device=DEVICE) for name in ("row_max", "row_sum", "label_logit", "logit_sum")}
-    TritonBackend().linear_stats(
-        hidden, weight, labels, wide_bias, HeadTransform(), col_offset=0, logits_dtype=torch.float32, **out
-    )
+    out = torch.empty(4, 70, device=DEVICE).unbind()
+    block = LinearBlock(hidden, weight, labels, wide_bias, HeadTransform(), torch.float32)
+    TritonBackend().linear_stats(block, VocabStats(*out))
     exact = exact_stats(hidden, weight, labels, wide_bias, HeadTransform(), rounded=False)
-    assert_stats_match(out.values(), exact, 50)
+    assert_stats_match(out, exact, 50)
     of_rounded = exact_stats(hidden, weight, labels, wide_bias, HeadTransform())
     assert (of_rounded[2] - exact[2]).abs().max() > 1e-4
 

@@ -15,7 +15,15 @@ from tests.triton_support import DEVICE, INTERPRETING, skip_unless_kernels_run
 
 skip_unless_kernels_run()
 
-from slime_fused.backends.base import HeadTransform, TokenLoss  # noqa: E402
+from slime_fused.backends.base import (  # noqa: E402
+    HeadTransform,
+    LogitsBlock,
+    RowFactors,
+    RowStats,
+    TokenLoss,
+    TokenStats,
+    VocabStats,
+)
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
@@ -51,10 +59,9 @@ def assert_as_close_as(actual, plain, exact, floor=2e-6):
 def residual_of(backend, logits, labels, bias, head, token_loss, *, in_place=False):
     rows, acc = logits.shape[0], torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = logits if in_place else torch.full_like(logits, 7)
-    row_max, row_sum, logp, loss = (torch.full((rows,), 7.0, dtype=acc, device=logits.device) for _ in range(4))
-    stats = {"row_max": row_max, "row_sum": row_sum, "logp": logp}
-    backend.softmax_residual(logits, out, labels, bias, head, token_loss, **stats, loss=loss)
-    return out, row_max + row_sum.log(), logp, loss
+    stats = TokenStats(*(torch.full((rows,), 7.0, dtype=acc, device=logits.device) for _ in range(4)))
+    backend.softmax_residual(LogitsBlock(logits, labels, bias, head), out, token_loss, stats)
+    return out, stats.row_max + stats.row_sum.log(), stats.logp, stats.loss
 
 
 def stats_of(backend, logits, labels, bias, head, *, splits=(), want_sum=True):
@@ -62,20 +69,11 @@ def stats_of(backend, logits, labels, bias, head, *, splits=(), want_sum=True):
     rows, cols = logits.shape
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     results = [torch.full((rows,), 7.0, dtype=acc, device=logits.device) for _ in range(4)]
+    stats = VocabStats(*results[: 3 + want_sum])
     bounds = [0, *splits, cols]
     for begin, end in pairwise(bounds):
-        backend.logits_stats(
-            logits[:, begin:end],
-            labels,
-            None if bias is None else bias[begin:end],
-            head,
-            col_offset=begin,
-            row_max=results[0],
-            row_sum=results[1],
-            label_logit=results[2],
-            logit_sum=results[3] if want_sum else None,
-            merge=begin > 0,
-        )
+        part = None if bias is None else bias[begin:end]
+        backend.logits_stats(LogitsBlock(logits[:, begin:end], labels, part, head, begin), stats, merge=begin > 0)
     return results
 
 
@@ -174,22 +172,14 @@ def test_residual_from_stats(dtype, head, token_loss, has_bias, has_scale):
     exact, _, logp, _ = residual_of(PLAIN, logits.double(), labels, wide_bias, head, token_loss)
     row_max, row_sum, _, _ = stats_of(PLAIN, logits.double(), labels, wide_bias, head)
     plain, _, _, _ = residual_of(PLAIN, logits, labels, bias, head, token_loss)
+    known, factors = (
+        RowStats(row_max.float(), row_sum.float(), logp.float()),
+        RowFactors(scale if has_scale else None),
+    )
     for begin, end in ((0, split), (split, cols)):
-        block = logits[:, begin:end]
-        TRITON.residual_from_stats(
-            block,
-            block,
-            labels,
-            None if bias is None else bias[begin:end],
-            head,
-            token_loss,
-            col_offset=begin,
-            vocab_size=cols,
-            row_max=row_max.float(),
-            row_sum=row_sum.float(),
-            logp=logp.float(),
-            row_scale=scale if has_scale else None,
-        )
+        part = None if bias is None else bias[begin:end]
+        block = LogitsBlock(logits[:, begin:end], labels, part, head, begin, cols)
+        TRITON.residual_from_stats(block, block.logits, token_loss, known, factors)
     assert_as_close_as(logits, plain * scale[:, None].to(dtype), exact * scale[:, None].double())
 
 

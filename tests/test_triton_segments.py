@@ -9,7 +9,7 @@ from tests.triton_support import DEVICE, skip_unless_kernels_run
 
 skip_unless_kernels_run()
 
-from slime_fused.backends.base import SlimeWeights  # noqa: E402
+from slime_fused.backends.base import SlimePairs, SlimeWeights  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
@@ -43,11 +43,10 @@ def test_segment_sum_and_backward(mean):
 
 def slime_of(backend, logp, cu_seqlens, weights, *, want_gradient=True):
     pairs = (cu_seqlens.shape[0] - 1) // 2
-    names = ("chosen_logps", "rejected_logps", "anchor", "margin_loss", "stabilizer")
-    terms = {name: torch.full((pairs,), 7.0, dtype=logp.dtype, device=logp.device) for name in names}
+    terms = SlimePairs(*torch.full((5, pairs), 7.0, dtype=logp.dtype, device=logp.device).unbind())
     d_logp = torch.full_like(logp, 7.0) if want_gradient else None
-    backend.slime_terms(logp, cu_seqlens, weights, **terms, d_logp=d_logp)
-    return {**terms, "d_logp": d_logp}
+    backend.slime_terms(logp, cu_seqlens, weights, terms, d_logp)
+    return {**vars(terms), "d_logp": d_logp}
 
 
 def make_weights(**overrides):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.micro.common import GIB, fill_with_logits, first_line, synchronize, time_ms
 from slime_fused.backends import get_backend
-from slime_fused.backends.base import HeadTransform, TokenLoss
+from slime_fused.backends.base import HeadTransform, LogitsBlock, RowStats, TokenLoss, VocabStats
 
 PLAIN_HEAD, PLAIN_LOSS = HeadTransform(), TokenLoss()
 SAMPLED_ROWS = 24
@@ -112,6 +112,8 @@ class RowBench:
         self.labels[1] = -100
         self.labels[rows - 1] = vocab - 1
         self.row_max, self.row_sum, self.logp = (torch.empty(rows, device=device) for _ in range(3))
+        self.block = LogitsBlock(self.logits, self.labels, None, PLAIN_HEAD)
+        self.row_stats = RowStats(self.row_max, self.row_sum, self.logp)
         self.sample = torch.linspace(0, rows - 1, min(rows, SAMPLED_ROWS), device=device).long()
         self.sample[1] = 1
         self._reference()
@@ -135,25 +137,15 @@ class RowBench:
 
     def residual(self, plan: Any = None) -> None:
         """``softmax_residual`` in place, as the engine calls it; ``plan`` None is the backend's own choice."""
-        self.backend.softmax_residual(
-            self.logits, self.logits, self.labels, None, PLAIN_HEAD, PLAIN_LOSS,
-            row_max=self.row_max, row_sum=self.row_sum, logp=self.logp, loss=None, **_planned(plan),
-        )  # fmt: skip
+        self.backend.softmax_residual(self.block, self.logits, PLAIN_LOSS, self.row_stats, **_planned(plan))
 
     def stats(self, plan: Any = None) -> None:
         """``logits_stats`` over all columns; the label's logit goes where ``logp`` will be."""
-        self.backend.logits_stats(
-            self.logits, self.labels, None, PLAIN_HEAD, col_offset=0, row_max=self.row_max, row_sum=self.row_sum,
-            label_logit=self.logp, logit_sum=None, merge=False, **_planned(plan),
-        )  # fmt: skip
+        self.backend.logits_stats(self.block, VocabStats(self.row_max, self.row_sum, self.logp), **_planned(plan))
 
     def from_stats(self, plan: Any = None) -> None:
         """``residual_from_stats`` in place from known statistics."""
-        self.backend.residual_from_stats(
-            self.logits, self.logits, self.labels, None, PLAIN_HEAD, PLAIN_LOSS,
-            col_offset=0, vocab_size=self.case.vocab,
-            row_max=self.row_max, row_sum=self.row_sum, logp=self.logp, row_scale=None, **_planned(plan),
-        )  # fmt: skip
+        self.backend.residual_from_stats(self.block, self.logits, PLAIN_LOSS, self.row_stats, **_planned(plan))
 
     def check_residual(self) -> str:
         """What is wrong with the residual that was just written; empty where nothing is."""

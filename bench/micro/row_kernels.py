@@ -20,7 +20,7 @@ import torch
 
 from bench.micro.common import GIB, Report, copy_rate, parser, synchronize, time_ms, within
 from bench.micro.row_bench import KERNELS, Case, Result, RowBench, native, print_results, row_backend
-from slime_fused.backends.base import SlimeWeights
+from slime_fused.backends.base import SlimePairs, SlimeWeights
 
 BFLOAT16 = torch.bfloat16
 CASES = (
@@ -45,20 +45,17 @@ def measure_terms(device: torch.device) -> Result:
     pairs, length = 64, 512
     logp = -torch.rand(2 * pairs * length, device=device) * 4
     cu_seqlens = torch.arange(0, 2 * pairs * length + 1, length, dtype=torch.int32, device=device)
-    outputs = [torch.empty(pairs, device=device) for _ in range(5)]
+    terms = SlimePairs(*torch.empty(5, pairs, device=device).unbind())
     d_logp = torch.empty_like(logp)
     weights = SlimeWeights(0.1, 0.1, 1.0, 1.25, 1.5, 1.0, 2.5, 2.5, 1 / pairs, 0.0)
     backend = row_backend(device)
 
     def run() -> None:
-        backend.slime_terms(
-            logp, cu_seqlens, weights, chosen_logps=outputs[0], rejected_logps=outputs[1], anchor=outputs[2],
-            margin_loss=outputs[3], stabilizer=outputs[4], d_logp=d_logp,
-        )  # fmt: skip
+        backend.slime_terms(logp, cu_seqlens, weights, terms, d_logp)
 
     run()
     expected = -0.1 / pairs * logp.view(2, pairs, length)[0].double().mean(1)
-    correct = torch.allclose(outputs[2].double(), expected, rtol=1e-6, atol=0)
+    correct = torch.allclose(terms.anchor.double(), expected, rtol=1e-6, atol=0)
     ms, spread = time_ms(device, run, repeats=21)
     return Result("64 x (512 + 512)", "slime_terms", "", ms, spread, 0, 0, correct)
 

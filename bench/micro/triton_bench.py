@@ -17,6 +17,7 @@ from slime_fused.triton_kernels.configs import LinearConfig, RowConfig
 from bench.micro.common import first_line, synchronize, time_ms
 from bench.micro.row_bench import KERNELS, PLAIN_HEAD
 from slime_fused.backends import get_backend
+from slime_fused.backends.base import LinearBlock, VocabStats
 
 CHECKED_ROWS = 64
 # Rows of torch.mm's slices, the yardstick of the fused head: what a chunk of the engine has.
@@ -129,10 +130,8 @@ class LinearBench:
         row_max, row_sum, label_logit = self.out
 
         def run() -> None:
-            backend.linear_stats(
-                self.hidden, self.weight, self.labels, None, PLAIN_HEAD, col_offset=0,
-                row_max=row_max, row_sum=row_sum, label_logit=label_logit, logit_sum=None,
-            )  # fmt: skip
+            block = LinearBlock(self.hidden, self.weight, self.labels, None, PLAIN_HEAD)
+            backend.linear_stats(block, VocabStats(row_max, row_sum, label_logit))
 
         def chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
             return choose if config is None else lambda *arguments: config
