@@ -18,7 +18,7 @@ from slime_fused.functional.tokens import linear_cross_entropy, linear_logprobs,
 from slime_fused.info import build_info
 from slime_fused.losses import SlimeLossConfig
 from slime_fused.modules import LinearCrossEntropyLoss, SlimeLoss
-from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput
+from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput, TokenStatistics
 
 __all__ = [
     "LinearCrossEntropyLoss",
@@ -28,6 +28,7 @@ __all__ = [
     "SlimeLossConfig",
     "SlimeOutput",
     "TokenLayout",
+    "TokenStatistics",
     "available_backends",
     "build_info",
     "cross_entropy",

@@ -106,6 +106,30 @@ class PolicyOutput:
     ``old_logps``."""
 
 
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per-token results in the shape of the labels, 0 where the label is ignored; None where not asked for.
+
+    z are the logits after scale, soft cap and temperature, p their softmax. Log-probs, losses and the entropy carry
+    gradients.
+    """
+
+    logps: Tensor | None = None
+    """Of `linear_logprobs`: the label's log-prob."""
+    losses: Tensor | None = None
+    """Of `linear_cross_entropy`."""
+    entropy: Tensor | None = None
+    """-sum_v p_v log p_v, in nats."""
+    mean_logit: Tensor | None = None
+    """mean_v z_v"""
+    is_top1: Tensor | None = None
+    """bool: whether the label is the likeliest token (of equals the first): token accuracy is its mean."""
+    sum_sq_probs: Tensor | None = None
+    """sum_v p_v^2; TRL and WPO take its logarithm."""
+    lse: Tensor | None = None
+    """log sum_v exp z_v"""
+
+
 def named_numbers(loss: Loss, numbers: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(terms, metrics) by name, from (K,) numbers in the loss's order."""
     values = numbers.unbind()

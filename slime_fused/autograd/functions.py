@@ -10,6 +10,7 @@ None is twice differentiable, and each says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from slime_fused.autograd.gradient_store import (
     refuse_transformed_backward,
 )
 from slime_fused.backends import resolve_backend
-from slime_fused.backends.base import Backend, TokenLoss, TokenStats, acc_dtype
+from slime_fused.backends.base import Backend, TokenLoss, acc_dtype
 from slime_fused.engine import streams
 from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import response_lengths
+from slime_fused.engine.stats import RowResults
 from slime_fused.engine.sweeps import plan_sweep
 from slime_fused.engine.units import Loss, Pairs
 
@@ -75,8 +77,15 @@ def run_cross_entropy(
         return total * share, gradients, call.head.backend
 
 
+STATISTICS = ("entropy", "mean_logit", "is_top1", "sum_sq_probs", "lse")
+"""What a per-token loss can tell of each token beside its loss."""
+
+
 class TokenLossFunction(torch.autograd.Function):
-    """The loss of every token, in the shape of ``labels``, acc dtype, 0 where the label is ignored."""
+    """The loss of every token, in the shape of the labels, acc dtype, 0 where the label is ignored; and statistics.
+
+    Of these, `STATISTICS` in the order asked for, the entropy is differentiable.
+    """
 
     @staticmethod
     def forward(
@@ -86,23 +95,58 @@ class TokenLossFunction(torch.autograd.Function):
         bias: Tensor | None,
         request: LinearRequest,
         token_loss: TokenLoss,
-    ) -> Tensor:
-        """Run the plan; keep the statistics and, as the plan has it, R W and R."""
+        statistics: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        """Run the plan; keep the statistics and, as the plan has it, R W and R, or the logits."""
+        ctx.set_materialize_grads(False)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            call = prepare_call(LossKind("later", token_loss), hidden, weight, bias, request)
+            call = prepare_call(token_kind(token_loss, statistics), hidden, weight, bias, request)
             ctx.pass_ = TokenPass(call)
             # The inputs again, so that an in-place change of one before backward is noticed.
             ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)))
-            return ctx.pass_.forward().view(request.rows.labels.shape)
+            shape = request.rows.labels.shape
+            loss = ctx.pass_.forward().view(shape)
+            told = ctx.pass_.statistics(statistics)
+        ctx.statistics = statistics
+        ctx.mark_non_differentiable(*(x for name, x in zip(statistics, told, strict=True) if name != "entropy"))
+        return loss, *(x.view(shape) for x in told)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """dX, dW and db for one coefficient per token."""
-        refuse_transformed_backward(upstream)
+    def backward(ctx: Any, upstream: Tensor | None, *of_statistics: Tensor | None) -> tuple[Any, ...]:
+        """dX, dW and db for one coefficient per token, or two."""
+        d_entropy = dict(zip(ctx.statistics, of_statistics, strict=True)).get("entropy")
+        given = [x for x in (upstream, d_entropy) if x is not None]
+        if not given:
+            return (None,) * 6
+        for coefficient in given:
+            refuse_transformed_backward(coefficient)
+        d_loss = torch.zeros_like(given[0]) if upstream is None else upstream
         hidden, *_ = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            gradients = like_hidden(ctx.pass_.backward(upstream.flatten(), keeps=graph_is_kept()), hidden)
-        return gradients.hidden, gradients.weight, gradients.bias, None, None
+            gradients = ctx.pass_.backward(d_loss, d_entropy, keeps=graph_is_kept())
+            gradients = like_hidden(gradients, hidden)
+        return gradients.hidden, gradients.weight, gradients.bias, None, None, None
+
+
+def token_kind(token_loss: TokenLoss, statistics: Sequence[str], *, keeps_residual: bool = True) -> LossKind:
+    """What the engine must know of a per-token loss."""
+    return LossKind(
+        "later",
+        token_loss,
+        wants_distribution=any(name != "lse" for name in statistics),
+        mixes_entropy="entropy" in statistics,
+        keeps_residual=keeps_residual,
+    )
+
+
+def statistic(name: str, known: Tensor) -> Tensor:
+    """One of `STATISTICS` (N_all,), from `TokenPass.all_stats`; 0 (False) where the label is ignored."""
+    row_max, row_sum, _, _, *distribution = known.unbind()
+    if name == "lse":
+        # Of an ignored row the sum is 0, as all else.
+        return torch.where(row_sum == 0, 0.0, row_max + row_sum.log())
+    value = distribution[("entropy", "sum_sq_probs", "is_top1", "mean_logit").index(name)]
+    return value > 0 if name == "is_top1" else value.clone()
 
 
 class TokenPass:
@@ -119,20 +163,33 @@ class TokenPass:
         return self._layout.spread(self.sweep.stats.loss)
 
     def all_stats(self) -> Tensor:
-        """(4, N_all): what `resume` needs of a forward pass, 0 where the label is ignored."""
+        """(4, N_all), or (8, N_all): what `resume` needs of a forward pass, 0 where the label is ignored."""
         return torch.stack([self._layout.spread(values) for values in self.sweep.stats.tensors()])
+
+    def statistics(self, names: Sequence[str]) -> list[Tensor]:
+        """(N_all,) each."""
+        if not names:
+            return []
+        known = self.all_stats()
+        return [statistic(name, known) for name in names]
 
     def resume(self, unscaled_hidden_grad: Tensor | None, stats: Tensor) -> None:
         """Take the place of a forward pass whose results these are."""
         self.sweep.unscaled = unscaled_hidden_grad
-        self.sweep.stats = TokenStats(*(self._layout.of_labelled(values) for values in stats))
+        self.sweep.stats = RowResults.of(self._layout.of_labelled(values) for values in stats)
 
-    def backward(self, upstream: Tensor, *, keeps: bool) -> Gradients:
-        """Gradients for the coefficients ``upstream`` (N_all,); ``keeps`` leaves this pass fit for another one."""
-        coefficient = self._layout.of_labelled(upstream.to(acc_dtype(self._head.hidden.dtype)))
-        gradients = self.sweep.backward(coefficient, keeps=keeps)
+    def backward(self, d_loss: Tensor, d_entropy: Tensor | None, *, keeps: bool) -> Gradients:
+        """Gradients for one coefficient per token, in the shape of the labels, and one of its entropy if there is.
+
+        ``keeps`` leaves this pass fit for another one.
+        """
+        coefficient, entropy = self._of_rows(d_loss), None if d_entropy is None else self._of_rows(d_entropy)
+        gradients = self.sweep.backward(coefficient, entropy, keeps=keeps)
         # What a kept graph needs again is no part of these.
         return gradients.times(None, self._head.grad_dtypes, self._head.backend, keeps=False)
+
+    def _of_rows(self, upstream: Tensor) -> Tensor:
+        return self._layout.of_labelled(upstream.flatten().to(acc_dtype(self._head.hidden.dtype)))
 
 
 class SlimeTermsFunction(torch.autograd.Function):

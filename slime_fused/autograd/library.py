@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import TokenPass, run_cross_entropy
+from slime_fused.autograd.functions import TokenPass, run_cross_entropy, statistic, token_kind
 from slime_fused.autograd.gradient_store import refuse_transformed_backward
 from slime_fused.autograd.unit_losses import run_unit_loss
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
-from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, LossKind, Wants, prepare_call
+from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants, prepare_call
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.sweeps import unscaled_dtype
 from slime_fused.losses.registry import loss_of
@@ -178,15 +178,25 @@ cross_entropy_op.register_fake(_cross_entropy_fake)
 cross_entropy_op.register_autograd(_scaled_gradients, setup_context=_cross_entropy_setup)
 
 
-# --- linear_token_loss: losses like labels; statistics (4, N_all); R W like hidden ---
+# --- linear_token_loss: losses and entropies like labels; statistics (4 or 8, N_all); R W like hidden ---
 
 
 def _token_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rest: tuple[Any, ...]
 ) -> TokenPass:
-    cu_seqlens, label_smoothing, z_loss, *flat = rest
-    kind = LossKind("later", TokenLoss(label_smoothing, z_loss), keeps_residual=False)
+    cu_seqlens, label_smoothing, z_loss, statistics, *flat = rest
+    kind = token_kind(TokenLoss(label_smoothing, z_loss), statistics.split(), keeps_residual=False)
     return TokenPass(prepare_call(kind, hidden, weight, bias, _request(labels, cu_seqlens, flat)))
+
+
+def _has_entropy(rest: tuple[Any, ...]) -> bool:
+    return "entropy" in rest[3].split()
+
+
+def _empty_unscaled(hidden: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    """Room for R W, where forward forms it as far as a trace knows."""
+    has_unscaled = rest[-3] and not _has_entropy(rest)
+    return hidden.new_empty(hidden.shape if has_unscaled else 0, dtype=unscaled_dtype(rest[-4] or hidden.dtype))
 
 
 def _token_loss(
@@ -196,26 +206,31 @@ def _token_loss(
         run = _token_pass(hidden, weight, bias, labels, rest)
         loss = run.forward()
         stats, unscaled = run.all_stats(), run.sweep.unscaled
-    if unscaled is not None:
-        d_hidden = unscaled.view(hidden.shape)
-    else:
-        # The graph was traced before the plan was known: where "fused" forms no R W, zeros stand for it.
-        dtype = unscaled_dtype(rest[-4] or hidden.dtype)
-        d_hidden = hidden.new_zeros(hidden.shape if rest[-3] else 0, dtype=dtype)
-    return loss.view(labels.shape), stats, d_hidden
+        entropy = statistic("entropy", stats).view(labels.shape) if _has_entropy(rest) else loss.new_empty(0)
+        if unscaled is None:
+            # The graph was traced before the plan was known: where "fused" forms no R W, zeros stand for it.
+            unscaled = _empty_unscaled(hidden, rest).zero_()
+        elif rest[-3]:
+            unscaled = unscaled.view(hidden.shape)
+    return loss.view(labels.shape), entropy, stats, unscaled
 
 
 def _token_loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     dtype = acc_dtype(hidden.dtype)
-    stats = hidden.new_empty(4, labels.numel(), dtype=dtype)
-    unscaled = hidden.new_empty(hidden.shape if rest[-3] else (0,), dtype=unscaled_dtype(rest[-4] or hidden.dtype))
-    return hidden.new_empty(labels.shape, dtype=dtype), stats, unscaled
+    count = 8 if token_kind(TokenLoss(), rest[3].split()).wants_distribution else 4
+    return (
+        hidden.new_empty(labels.shape, dtype=dtype),
+        hidden.new_empty(labels.shape if _has_entropy(rest) else 0, dtype=dtype),
+        hidden.new_empty(count, labels.numel(), dtype=dtype),
+        _empty_unscaled(hidden, rest),
+    )
 
 
 def _token_loss_backward(
     upstream: Tensor,
+    d_entropy: Tensor,
     stats: Tensor,
     unscaled: Tensor,
     hidden: Tensor,
@@ -226,15 +241,15 @@ def _token_loss_backward(
 ) -> tuple[Tensor, ...]:
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         run = _token_pass(hidden, weight, bias, labels, rest)
-        want_hidden = rest[-3]
-        run.resume(unscaled.view(-1, hidden.shape[-1]) if want_hidden else None, stats)
+        run.resume(unscaled.view(-1, hidden.shape[-1]) if unscaled.numel() else None, stats)
         # keeps=True: the unscaled gradient is an input here and must not change.
-        gradients = run.backward(upstream.flatten(), keeps=True)
+        gradients = run.backward(upstream, d_entropy if _has_entropy(rest) else None, keeps=True)
         return _dense(gradients, hidden, GradientDtypes.of(hidden, weight, weight if bias is None else bias))
 
 
 def _token_loss_backward_fake(
     upstream: Tensor,
+    d_entropy: Tensor,
     stats: Tensor,
     unscaled: Tensor,
     hidden: Tensor,
@@ -247,14 +262,15 @@ def _token_loss_backward_fake(
 
 
 def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:5])
+    ctx.save_for_backward(*output[2:], *inputs[:5])
     ctx.rest = inputs[5:]
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _token_loss_autograd(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _token_loss_autograd(ctx: Any, upstream: Tensor, d_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
     refuse_transformed_backward(upstream)
-    gradients = token_loss_backward_op(upstream, *ctx.saved_tensors, *ctx.rest)
+    refuse_transformed_backward(d_entropy)
+    gradients = token_loss_backward_op(upstream, d_entropy, *ctx.saved_tensors, *ctx.rest)
     wanted = zip(gradients, ctx.rest[-3:], strict=True)
     return *[g if want else None for g, want in wanted], *[None] * (2 + len(ctx.rest))
 
@@ -263,14 +279,14 @@ token_loss_op = torch.library.custom_op(
     "slime_fused::linear_token_loss",
     _token_loss,
     mutates_args=(),
-    schema=f"({_HEAD}, {_TOKEN_LOSS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({_HEAD}, {_TOKEN_LOSS}, str statistics, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 token_loss_backward_op = torch.library.custom_op(
     "slime_fused::linear_token_loss_backward",
     _token_loss_backward,
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor stats, Tensor unscaled, {_HEAD}, {_TOKEN_LOSS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor upstream, Tensor d_entropy, Tensor stats, Tensor unscaled, {_HEAD}, {_TOKEN_LOSS}, "
+    f"str statistics, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 token_loss_op.register_fake(_token_loss_fake)
 token_loss_backward_op.register_fake(_token_loss_backward_fake)

@@ -18,10 +18,9 @@ from slime_fused.backends.base import (
     RowFactors,
     RowStats,
     TokenLoss,
-    TokenStats,
 )
 from slime_fused.engine.layout import IGNORED, check_label_range
-from slime_fused.engine.stats import finish_stats, stats_of_logits
+from slime_fused.engine.stats import RowResults, finish_stats, stats_of_logits
 
 
 def row_targets(labels: Tensor, ignore_index: int, vocab_size: int, *, needs_label: bool) -> Tensor:
@@ -39,7 +38,7 @@ def row_targets(labels: Tensor, ignore_index: int, vocab_size: int, *, needs_lab
 
 def logits_forward(
     backend: Backend, logits: Tensor, targets: Tensor, head: HeadTransform, token_loss: TokenLoss
-) -> TokenStats:
+) -> RowResults:
     """Statistics of (..., V) logits, which stay as they are, and the losses of their N rows, 0 where ignored."""
     block = LogitsBlock(_as_rows(logits), targets, None, head)
     stats = finish_stats(stats_of_logits(backend, block, token_loss), token_loss, block.whole_vocab_size)

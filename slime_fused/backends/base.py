@@ -139,24 +139,6 @@ class TokenStats(RowStats):
     loss: Tensor
     """(M,) `TokenLoss`; 0 for an ignored row."""
 
-    @classmethod
-    def empty(cls, rows: int, hidden: Tensor) -> TokenStats:
-        """Uninitialised, for ``rows`` rows of ``hidden``."""
-        return cls(*(hidden.new_empty(rows, dtype=acc_dtype(hidden.dtype)) for _ in range(4)))
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four, in order."""
-        return self.row_max, self.row_sum, self.logp, self.loss
-
-    def span(self, begin: int, end: int) -> TokenStats:
-        """Views of the rows begin to end."""
-        return TokenStats(*(values[begin:end] for values in self.tensors()))
-
-    def copy_(self, other: TokenStats) -> None:
-        """Take over the values of as many rows."""
-        for own, value in zip(self.tensors(), other.tensors(), strict=True):
-            own.copy_(value)
-
 
 def losses_of(stats: RowStats) -> Tensor | None:
     """Where `Backend.softmax_residual` writes losses, where these statistics have room for them."""

@@ -113,6 +113,10 @@ class LossKind:
     """Of which a residual is the gradient."""
     is_paired: bool = False
     """Whether the sequences are P chosen and P rejected responses, none of them empty."""
+    wants_distribution: bool = False
+    """Whether statistics beside the log-prob are wanted of every row."""
+    mixes_entropy: bool = False
+    """"later": whether a gradient may come for the entropy of every row."""
     keeps_residual: bool = True
     """"later": whether the residual may stay alive until backward."""
 
@@ -165,6 +169,7 @@ def prepare_call(
         backend=backend,
         grad_dtypes=grad_dtypes,
         logits_dtype=logits_dtype,
+        wants_distribution=kind.wants_distribution,
         shard=shard,
     )
     problem = make_problem(kind, head, layout, wants, context)
@@ -203,6 +208,7 @@ def make_problem(
         want_bias=wants.bias,
         unit_rows=_unit_rows(unit, lengths),
         keeps_residual=kind.keeps_residual,
+        mixes_entropy=kind.mixes_entropy,
         linear_stats_row_bytes=(
             backend.linear_stats_row_bytes(weight)
             if isinstance(backend, LinearStatsBackend) and head.shard is None and context is None

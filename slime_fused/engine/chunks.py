@@ -18,14 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, LogitsBlock, RowFactors, TokenLoss, TokenStats
+from slime_fused.backends.base import Backend, HeadTransform, LogitsBlock, RowFactors, TokenLoss
 from slime_fused.engine import buffers, products
 from slime_fused.engine.distributed import VocabShard
 from slime_fused.engine.gradients import GradientDtypes, float16_gain
 from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.mix import Mix
 from slime_fused.engine.plan import Plan
 from slime_fused.engine.problem import padded_cols
-from slime_fused.engine.stats import finish_stats, stats_of_logits
+from slime_fused.engine.stats import RowResults, finish_stats, stats_of_logits
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Head:
     """Of the tensors that ``hidden``, ``weight`` and ``bias`` are, or were cast from under autocast."""
     logits_dtype: torch.dtype
     """That of ``weight``, or float32: in which the products are stored."""
+    wants_distribution: bool = False
+    """Whether statistics include a `Distribution`."""
     shard: VocabShard | None = None
     """Which columns of the logits these are, where several processes share the head."""
 
@@ -159,16 +162,16 @@ class ChunkEngine:
         """Give the buffers of logits and residual back."""
         self._buffer = self._wide_buffer = None
 
-    def stats(self, rows: RowSet, out: TokenStats) -> None:
+    def stats(self, rows: RowSet, out: RowResults) -> None:
         """(M,) statistics of a chunk, to ``out``, without its residual."""
         for begin, end, block in self._blocks(rows):
             out.span(begin, end).copy_(self._stats_of(block))
 
-    def residual(self, rows: RowSet, out: TokenStats) -> Residual:
+    def residual(self, rows: RowSet, out: RowResults) -> Residual:
         """Residual of a chunk, until the next one; its (M,) statistics go to ``out``."""
         head, values = self.head, self._residual_buffer(rows.count)
         # One visit cannot see a row that others share, nor size a gain by it: the statistics come first.
-        needs_stats = head.shard is not None or head.weight.dtype == torch.float16
+        needs_stats = head.shard is not None or head.weight.dtype == torch.float16 or head.wants_distribution
         gains: list[Tensor] = []
         for begin, end, block in self._blocks(rows):
             stats, target = out.span(begin, end), values[begin:end]
@@ -181,19 +184,38 @@ class ChunkEngine:
                 head.backend.softmax_residual(block, target, head.token_loss, stats)
         return Residual(values, join(gains) if gains else None)
 
-    def residual_again(self, rows: RowSet, known: TokenStats) -> Residual:
-        """As `residual`, where the (M,) statistics are known from an earlier pass."""
-        head, values, gain = self.head, self._residual_buffer(rows.count), self._gain(known)
+    def residual_again(self, rows: RowSet, known: RowResults, mix: Mix | None = None) -> Residual:
+        """As `residual`, where the (M,) statistics are known from an earlier pass; see `Mix`."""
+        values, gain = self._residual_buffer(rows.count), self._gain(known, mix)
         for begin, end, block in self._blocks(rows):
-            factors = RowFactors(None if gain is None else gain[begin:end])
-            stats = known.span(begin, end)
-            head.backend.residual_from_stats(block, values[begin:end], head.token_loss, stats, factors)
+            self._write_residual(block, values[begin:end], known, gain, mix, slice(begin, end))
         return Residual(values, gain)
 
-    def _gain(self, stats: TokenStats) -> Tensor | None:
+    def residual_of(self, logits: Tensor, known: RowResults, mix: Mix | None) -> Residual:
+        """As `residual_again`, over the (M, V) raw ``logits`` of all rows, which were kept."""
+        gain = self._gain(known, mix)
+        block = self.head.block(logits, self.targets)
+        self._write_residual(block, logits, known, gain, mix, slice(0, logits.shape[0]))
+        return Residual(logits, gain)
+
+    def logits_and_stats(self, rows: RowSet, out: RowResults) -> Tensor:
+        """(M, V) raw logits of a chunk, not wide ones, until the next one; their statistics go to ``out``."""
+        ((_, _, block),) = self._blocks(rows)
+        out.copy_(self._stats_of(block))
+        return block.logits
+
+    def _write_residual(
+        self, block: LogitsBlock, out: Tensor, known: RowResults, gain: Tensor | None, mix: Mix | None, part: slice
+    ) -> None:
+        stats = known.span(part.start, part.stop)
+        own = None if gain is None else gain[part]
+        factors = RowFactors(own) if mix is None else mix.span(part.start, part.stop).factors(stats, own)
+        self.head.backend.residual_from_stats(block, out, self.head.token_loss, stats, factors)
+
+    def _gain(self, stats: RowResults, mix: Mix | None = None) -> Tensor | None:
         if self.head.weight.dtype != torch.float16:
             return None
-        return float16_gain(stats, self.head.transform, self.head.token_loss)
+        return float16_gain(stats, self.head.transform, self.head.token_loss, mix)
 
     def _blocks(self, rows: RowSet) -> Iterator[tuple[int, int, LogitsBlock]]:
         """Rows begin to end of a chunk: all of them, where the residual will lie, or by blocks of wide logits."""
@@ -226,9 +248,10 @@ class ChunkEngine:
         padded[:, cols:].zero_()
         return padded[:, :cols]
 
-    def _stats_of(self, block: LogitsBlock) -> TokenStats:
+    def _stats_of(self, block: LogitsBlock) -> RowResults:
         head = self.head
-        stats = stats_of_logits(head.backend, block, head.token_loss)
+        wants = head.wants_distribution
+        stats = stats_of_logits(head.backend, block, head.token_loss, with_distribution=wants)
         if head.shard is not None:
             head.shard.merge(stats)
         return finish_stats(stats, head.token_loss, head.vocab_size)

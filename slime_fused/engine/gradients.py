@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import Backend, HeadTransform, RowStats, TokenLoss, acc_dtype
+from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 from slime_fused.engine import products
+from slime_fused.engine.mix import Mix
+from slime_fused.engine.stats import RowResults
 
 _LARGEST_EXPONENT = 14
 """Scaled float16 operands are below 2^15: half of what float16 holds."""
@@ -97,7 +99,9 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, backend: Bac
     return grad
 
 
-def float16_gain(stats: RowStats, transform: HeadTransform, token_loss: TokenLoss) -> Tensor:
+def float16_gain(
+    stats: RowResults, transform: HeadTransform, token_loss: TokenLoss, mix: Mix | None = None
+) -> Tensor:
     """(M,) powers of two that bring the residuals of rows with these statistics near 2^14 in float16.
 
     A probability of 1e-8 is below float16's least number, though a loss scaler may lift its gradient to an ordinary
@@ -105,11 +109,13 @@ def float16_gain(stats: RowStats, transform: HeadTransform, token_loss: TokenLos
 
         |scale| / temperature ((1 - eps) (1 - p_label) + eps + 2 z_loss |lse|)
 
-    A row whose bound is small gets at most 2^12 more than others: its coefficient shrinks by as much, which meets
-    the hidden states in float16 too.
+    and with a ``mix`` none above `Mix.bound` of that. A row whose bound is small gets at most 2^12 more than
+    others: its coefficient shrinks by as much, which meets the hidden states in float16 too.
     """
     eps, lse = token_loss.label_smoothing, stats.row_max + stats.row_sum.log()
     entry = (1 - eps) * -torch.expm1(stats.logp) + eps + 2 * token_loss.z_loss * lse.abs()
+    if mix is not None:
+        entry = mix.bound(entry, stats)
     bound = entry * transform.slope_bound
     usual = _LARGEST_EXPONENT - math.frexp(transform.slope_bound)[1]
     return _power_of_two_below(bound, _LARGEST_EXPONENT, usual + _MORE_FOR_CERTAIN_ROWS)

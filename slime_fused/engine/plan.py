@@ -173,7 +173,8 @@ class Plan:
     def products(self) -> int:
         """Matrix products of size rows x vocabulary x hidden, forward and backward together."""
         p = self.problem
-        recomputed = {"resweep": p.wants_head_gradient, "fused": p.wants_gradient}.get(self.kind, False)
+        needs_logits = p.wants_gradient if p.mixes_entropy else p.wants_head_gradient
+        recomputed = {"resweep": needs_logits, "fused": p.wants_gradient}.get(self.kind, False)
         return 1 + int(p.want_hidden) + int(p.want_weight) + int(recomputed)
 
     @property
@@ -268,8 +269,9 @@ def plan_by_rows(problem: Problem, workspace: int) -> Plan:
             reason = f"{what} ({largest} rows) fits the workspace ({capacity} rows)"
             return Plan("stream", problem, _unit_chunks(problem.unit_rows, capacity), workspace, reason)
         reason = f"{what} has {largest} rows, the workspace holds {capacity}"
-    elif problem.rows <= capacity and problem.keeps_residual:
-        reason = f"all rows fit the workspace ({capacity} rows): their residual is kept for backward"
+    elif problem.rows <= capacity and problem.can_keep_chunk:
+        what = "logits are" if problem.mixes_entropy else "residual is"
+        reason = f"all rows fit the workspace ({capacity} rows): their {what} kept for backward"
         return Plan("stream", problem, _row_chunks(problem.rows, capacity), workspace, reason)
     else:
         reason = f"{problem.rows} rows, the workspace holds {capacity}: backward forms their logits again"

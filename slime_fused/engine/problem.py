@@ -39,6 +39,8 @@ class Problem:
     """For "sequence" and "pair": labelled rows of each (of a pair: both responses). For "batch": of the whole."""
     keeps_residual: bool = True
     """For "later": whether the residual may stay alive until backward (a compiled graph cannot keep it)."""
+    mixes_entropy: bool = False
+    """For "later": whether coefficients of the rows' entropies come with backward too: no residual is known yet."""
     linear_stats_row_bytes: int = 0
     """Scratch that the backend's ``linear_stats`` takes for each row; 0 where it has none."""
     weight_grad_itemsize: int = 0
@@ -62,6 +64,12 @@ class Problem:
     def row_bytes(self) -> int:
         """Of one row of the logits buffer, which holds the residual in the end."""
         return self.row_pitch * self.itemsize
+
+    @property
+    def can_keep_chunk(self) -> bool:
+        """For "later": whether a chunk may stay alive until backward: its residual or, with ``mixes_entropy``, its
+        logits where these lie in one piece."""
+        return self.keeps_residual and not (self.mixes_entropy and self.has_wide_logits)
 
     @property
     def has_wide_logits(self) -> bool:

@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import TokenStats
 from slime_fused.engine.calls import Call
 from slime_fused.engine.chunks import ChunkEngine, Head, RowSet
 from slime_fused.engine.gradients import Gradients
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Chunk, Plan
+from slime_fused.engine.stats import RowResults
 from slime_fused.engine.sweeps import plan_sweep, row_sets
 
 
@@ -55,9 +55,9 @@ def _stream(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
     head, layout, plan = call.head, call.layout, call.plan
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    logps = TokenStats.empty(layout.num_rows, head.hidden).logp
+    logps = RowResults.empty(layout.num_rows, head.hidden).logp
     for part in _parts(layout, plan):
-        stats = TokenStats.empty(part.rows.count, head.hidden)
+        stats = RowResults.empty(part.rows.count, head.hidden)
         residual = engine.residual(part.rows, stats)
         part.rows.put_labelled(logps, stats.logp)
         d_logps = evaluate(stats.logp, part)
@@ -138,7 +138,7 @@ def _cross_entropy_stream(
     """Row blocks: the coefficient of every row is known beforehand."""
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    stats = TokenStats.empty(layout.num_rows, head.hidden)
+    stats = RowResults.empty(layout.num_rows, head.hidden)
     for rows in row_sets(layout, plan):
         residual = engine.residual(rows, stats.span(*rows.span))
         factors = stats.loss.new_full((rows.count,), coefficient)

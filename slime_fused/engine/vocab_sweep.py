@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import RowFactors, RowStats, acc_dtype
+from slime_fused.backends.base import RowFactors, acc_dtype
 from slime_fused.engine import products
 from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import Gradients, float16_gain, float16_scale
+from slime_fused.engine.mix import Mix
 from slime_fused.engine.problem import padded_cols
+from slime_fused.engine.stats import RowResults
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class VocabBlocks:
 
 
 def vocab_sweep_backward(
-    head: Head, labels: Tensor, stats: RowStats, coefficient: Tensor, blocks: VocabBlocks
+    head: Head,
+    labels: Tensor,
+    stats: RowResults,
+    coefficient: Tensor,
+    blocks: VocabBlocks,
+    mix: Mix | None = None,
 ) -> Gradients:
     """Gradients of sum_n coefficient_n * (token loss)_n; each is None where not wanted.
 
@@ -50,6 +57,7 @@ def vocab_sweep_backward(
         stats: (N,) each, over the whole vocabulary.
         coefficient: (N,) acc dtype, dL/d(token loss) of each row.
         blocks: see `VocabBlocks`.
+        mix: (N,) shares of each row's token loss and entropy in what ``coefficient`` is for; None: the loss alone.
 
     Returns:
         d_hidden (N, D), d_weight (V, D) and d_bias (V,) in the dtypes in which ``head``'s gradients wait. d_hidden
@@ -68,7 +76,7 @@ def vocab_sweep_backward(
     d_bias = hidden.new_zeros(vocab, dtype=acc) if blocks.want_bias else None
     scaled_hidden, weight_scale, gain = hidden, None, None
     if hidden.dtype == torch.float16:
-        gain = float16_gain(stats, head.transform, head.token_loss)
+        gain = float16_gain(stats, head.transform, head.token_loss, mix)
         coefficient = coefficient / gain
     if blocks.want_weight:
         if hidden.dtype == torch.float16:
@@ -88,14 +96,10 @@ def vocab_sweep_backward(
             part = slice(first, min(first + (wide_rows or rows), rows))
             logits = residual if wide is None else wide[: part.stop - first, : cols.stop - begin]
             products.write_logits(hidden[part], weight[cols], logits)
-            known = RowStats(stats.row_max[part], stats.row_sum[part], stats.logp[part])
-            head.backend.residual_from_stats(
-                head.block(logits, labels[part], begin),
-                residual[part],
-                head.token_loss,
-                known,
-                RowFactors(None if gain is None else gain[part]),
-            )
+            known, own = stats.span(part.start, part.stop), None if gain is None else gain[part]
+            factors = RowFactors(own) if mix is None else mix.span(part.start, part.stop).factors(known, own)
+            block = head.block(logits, labels[part], begin)
+            head.backend.residual_from_stats(block, residual[part], head.token_loss, known, factors)
         if sum_hidden is not None:
             products.add_hidden_grad(sum_hidden, residual, weight[cols])
         if d_weight is not None:

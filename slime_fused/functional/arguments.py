@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +15,25 @@ from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, W
 from slime_fused.engine.distributed import group_name
 from slime_fused.engine.layout import IGNORED, TokenLayout, shift_labels
 from slime_fused.functional import checks
+
+if TYPE_CHECKING:  # a torch without distributed support has no such class
+    from torch.distributed import ProcessGroup
+
+
+class LinearOptions(TypedDict, total=False):
+    """The keyword arguments of every linear loss, for signatures that say no more of them: see `slime_loss`."""
+
+    bias: Tensor | None
+    cu_seqlens: Tensor | None
+    shift: bool
+    ignore_index: int
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+    logits_dtype: torch.dtype | None
+    backend: str
+    workspace: int | str
+    tp_group: ProcessGroup | None
 
 
 def linear_request(

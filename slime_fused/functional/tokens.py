@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +14,37 @@ from slime_fused.backends.base import TokenLoss
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.functional import checks
-from slime_fused.functional.arguments import label_counts, linear_request
+from slime_fused.functional.arguments import LinearOptions, label_counts, linear_request
+from slime_fused.output import TokenStatistics
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    return_stats: None = None,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    return_stats: Sequence[str],
+    **options: Unpack[LinearOptions],
+) -> TokenStatistics: ...
 
 
 def linear_logprobs(
@@ -38,17 +63,29 @@ def linear_logprobs(
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
-) -> Tensor:
+    return_stats: Sequence[str] | None = None,
+) -> Tensor | TokenStatistics:
     """Log-probability of every label, differentiable for any upstream gradient.
 
     Arguments as `slime_loss`, but for any number of sequences; ``hidden`` (..., D) with ``labels`` (...).
 
+    Args:
+        hidden: (..., D).
+        weight: (V, D).
+        labels: (...), or their `token_layout`.
+        return_stats: names among "entropy", "mean_logit", "is_top1", "sum_sq_probs" and "lse": see
+            `TokenStatistics`. They come from the visit of the logits that forms the log-probs, without another
+            product. The entropy carries a gradient; for it nothing is formed in forward but statistics, which costs
+            a product more where the head is frozen or a workspace does not hold all logits (`explain_plan`).
+
     Returns:
-        Log-probs in the shape of ``labels``, float32 (float64 for float64), 0 where the label is ignored.
+        Log-probs in the shape of ``labels``, float32 (float64 for float64), 0 where the label is ignored. With
+        ``return_stats`` a `TokenStatistics` that has them as ``logps``.
 
     Raises:
-        As `slime_loss`.
+        As `slime_loss`; TypeError or ValueError for an unknown statistic.
     """
+    statistics = _statistics(return_stats)
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,
@@ -65,7 +102,8 @@ def linear_logprobs(
         workspace=workspace,
         tp_group=tp_group,
     )
-    return -_token_loss(hidden, weight, bias, request, TokenLoss())
+    losses, told = _token_loss(hidden, weight, bias, request, TokenLoss(), statistics)
+    return -losses if return_stats is None else TokenStatistics(logps=-losses, **told)
 
 
 def sequence_logprobs(
@@ -114,7 +152,7 @@ def sequence_logprobs(
         tp_group=tp_group,
     )
     rows = request.rows
-    logps = -_token_loss(hidden, weight, bias, request, TokenLoss())
+    logps = -_token_loss(hidden, weight, bias, request, TokenLoss())[0]
     if rows.cu_seqlens is None:
         # From the labels, not torch.arange: where they are fake tensors, so must these be.
         index = rows.labels.new_ones(rows.num_sequences + 1, dtype=torch.int64).cumsum(0) - 1
@@ -123,6 +161,34 @@ def sequence_logprobs(
         bounds = rows.cu_seqlens
     sums: Tensor = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
     return sums if reduction == "sum" else sums / label_counts(rows).clamp(min=1)
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_stats: None = None,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor | TokenLayout,
+    *,
+    reduction: Literal["none"],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_stats: Sequence[str],
+    **options: Unpack[LinearOptions],
+) -> TokenStatistics: ...
 
 
 def linear_cross_entropy(
@@ -144,7 +210,8 @@ def linear_cross_entropy(
     backend: str = "auto",
     workspace: int | str = "auto",
     tp_group: ProcessGroup | None = None,
-) -> Tensor:
+    return_stats: Sequence[str] | None = None,
+) -> Tensor | TokenStatistics:
     """Cross-entropy of a linear head: `torch.nn.functional.cross_entropy` of ``hidden @ weight.T``, fused.
 
     Arguments as `slime_loss`, and:
@@ -153,17 +220,21 @@ def linear_cross_entropy(
         reduction: "mean" over labelled tokens, "sum", or "none".
         label_smoothing: eps in [0, 1], as in `torch.nn.functional.cross_entropy`.
         z_loss: weight of the square of the log-sum-exp, added per token.
+        return_stats: as in `linear_logprobs`, for reduction "none".
 
     Returns:
         A scalar, or for "none" the shape of ``labels`` with 0 where the label is ignored; float32 (float64 for
-        float64).
+        float64). With ``return_stats`` a `TokenStatistics` that has the losses as ``losses``.
 
     Raises:
         As `slime_loss`; ValueError for "mean" where all labels are ignored (the sum of none is 0).
     """
+    statistics = _statistics(return_stats)
     checks.check_choice("reduction", reduction, _REDUCTIONS)
     checks.check_token_loss(label_smoothing, z_loss)
     token_loss = TokenLoss(float(label_smoothing), float(z_loss))
+    if return_stats is not None and reduction != "none":
+        raise ValueError(f'return_stats: expected none unless reduction is "none", got {return_stats!r}')
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,
@@ -181,7 +252,8 @@ def linear_cross_entropy(
         tp_group=tp_group,
     )
     if reduction == "none":
-        return _token_loss(hidden, weight, bias, request, token_loss)
+        losses, told = _token_loss(hidden, weight, bias, request, token_loss, statistics)
+        return losses if return_stats is None else TokenStatistics(losses=losses, **told)
     mean = reduction == "mean"
     rows = request.rows
     if is_traced(hidden, weight, rows.labels):
@@ -192,12 +264,32 @@ def linear_cross_entropy(
 
 
 def _token_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, request: LinearRequest, token_loss: TokenLoss
-) -> Tensor:
-    """In the shape of the labels, 0 where they are ignored."""
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    request: LinearRequest,
+    token_loss: TokenLoss,
+    statistics: tuple[str, ...] = (),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(losses, statistics by name) in the shape of the labels, 0 where they are ignored."""
     rows = request.rows
-    if is_traced(hidden, weight, rows.labels):
-        numbers = (token_loss.label_smoothing, token_loss.z_loss, *library.flat_request(request))
-        loss: Tensor = library.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)[0]
-        return loss
-    return functions.TokenLossFunction.apply(hidden, weight, bias, request, token_loss)
+    if not is_traced(hidden, weight, rows.labels):
+        loss, *told = functions.TokenLossFunction.apply(hidden, weight, bias, request, token_loss, statistics)
+        return loss, dict(zip(statistics, told, strict=True))
+    numbers = (token_loss.label_smoothing, token_loss.z_loss, " ".join(statistics), *library.flat_request(request))
+    loss, entropy, known, _ = library.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)
+    by_name = {
+        name: entropy if name == "entropy" else functions.statistic(name, known).view(rows.labels.shape)
+        for name in statistics
+    }
+    return loss, by_name
+
+
+def _statistics(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Those asked for, once each. Raises TypeError or ValueError for other names."""
+    if isinstance(names, str) or not isinstance(names, (Sequence, type(None))):
+        raise TypeError(f"return_stats: expected a sequence of names among {functions.STATISTICS}, got {names!r}")
+    for name in names or ():
+        if name not in functions.STATISTICS:
+            raise ValueError(f"return_stats: expected names among {functions.STATISTICS}, got {name!r}")
+    return tuple(dict.fromkeys(names or ()))
