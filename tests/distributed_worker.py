@@ -22,6 +22,7 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
+from tests.distributed_stats import check_merged_stats
 from tests.support import Batch, assert_as_exact_as_plain, assert_close, make_batch, pack, run
 
 PROCESSES = 4
@@ -339,6 +340,8 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
         for dtype in FLOATS
         for size, workspace in WORKSPACES.items()
     },
+    "vocabulary-stats": lambda groups: check_merged_stats(groups.all, VOCAB_BOUNDS, with_moments=False),
+    "vocabulary-moments": lambda groups: check_merged_stats(groups.all, VOCAB_BOUNDS, with_moments=True),
     "vocabulary-frozen": check_frozen_head,
     "vocabulary-float32_logits": check_float32_logits,
     "vocabulary-same_bits": check_same_bits_on_every_process,
