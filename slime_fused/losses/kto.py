@@ -96,8 +96,9 @@ class KTO(Formula):
         baseline = self._baseline(units, ratios)
         # 1 - sigma(x) = sigma(-x), which does not cancel.
         below = self.beta * torch.where(is_desirable, baseline - ratios, ratios - baseline)
-        weight = torch.where(is_desirable, self.desirable_weight, self.undesirable_weight)
-        loss = weight.to(ratios.dtype) * torch.sigmoid(below)
+        # Written into the log-probs' dtype: of two Python numbers torch.where makes float32.
+        weight = torch.full_like(ratios, self.undesirable_weight).masked_fill(is_desirable, self.desirable_weight)
+        loss = weight * torch.sigmoid(below)
         rewards, share = self.beta * ratios.detach(), is_desirable.to(ratios.dtype)
         zero = torch.zeros_like(ratios)
         terms = {

@@ -55,7 +55,7 @@ def _rebuilt(key: str) -> Loss:
         call = ast.parse(key, mode="eval").body
     except SyntaxError:
         raise unknown from None
-    if not isinstance(call, ast.Call) or call.args:
+    if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
         raise unknown
     module, _, name = ast.unparse(call.func).rpartition(".")
     if not module.startswith(f"{_SHIPPED}."):
