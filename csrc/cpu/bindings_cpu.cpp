@@ -41,8 +41,8 @@ void bind_logits(py::module_& module) {
       "softmax_residual",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
          int dtype, int out_dtype, Address labels, Address bias, double scale, double softcap,
-         double label_smoothing, double z_loss, Address row_max, Address row_sum, Address logp, Address loss,
-         int num_threads) {
+         double temperature, double label_smoothing, double z_loss, Address row_max, Address row_sum,
+         Address logp, Address loss, int num_threads) {
         SoftmaxResidualArgs args;
         args.block = {pointer(logits),
                       pointer(out),
@@ -54,7 +54,7 @@ void bind_logits(py::module_& module) {
                       static_cast<DType>(dtype),
                       static_cast<DType>(out_dtype)};
         args.labels = pointer<const int64_t>(labels);
-        args.head = {pointer(bias), scale, softcap};
+        args.head = {pointer(bias), scale, softcap, temperature};
         args.token_loss = {label_smoothing, z_loss, cols};
         args.row_max = pointer(row_max);
         args.row_sum = pointer(row_sum);
@@ -64,37 +64,42 @@ void bind_logits(py::module_& module) {
         softmax_residual(args, num_threads);
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "out_dtype"_a,
-      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a,
-      "logp"_a, "loss"_a, "num_threads"_a);
+      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "temperature"_a = 1.0, "label_smoothing"_a, "z_loss"_a,
+      "row_max"_a, "row_sum"_a, "logp"_a, "loss"_a, "num_threads"_a);
 
   module.def(
       "logits_stats",
       [](Address logits, int64_t rows, int64_t cols, int64_t logits_stride, int64_t col_offset, int dtype,
-         Address labels, Address bias, double scale, double softcap, Address row_max, Address row_sum,
-         Address label_logit, Address logit_sum, bool merge, int num_threads) {
+         Address labels, Address bias, double scale, double softcap, double temperature, Address row_max,
+         Address row_sum, Address label_logit, Address logit_sum, Address centred_sum, Address square_sum,
+         Address max_before, bool merge, int num_threads) {
         LogitsStatsArgs args;
         args.block = {pointer(logits), nullptr, rows,       cols,
                       logits_stride,   0,       col_offset, static_cast<DType>(dtype)};
         args.labels = pointer<const int64_t>(labels);
-        args.head = {pointer(bias), scale, softcap};
+        args.head = {pointer(bias), scale, softcap, temperature};
         args.row_max = pointer(row_max);
         args.row_sum = pointer(row_sum);
         args.label_logit = pointer(label_logit);
         args.logit_sum = pointer(logit_sum);
+        args.centred_sum = pointer(centred_sum);
+        args.square_sum = pointer(square_sum);
+        args.max_before = pointer(max_before);
         args.merge = merge;
         const py::gil_scoped_release unlocked;
         logits_stats(args, num_threads);
       },
       "logits"_a, "rows"_a, "cols"_a, "logits_stride"_a, "col_offset"_a, "dtype"_a, "labels"_a, "bias"_a,
-      "scale"_a, "softcap"_a, "row_max"_a, "row_sum"_a, "label_logit"_a, "logit_sum"_a, "merge"_a,
-      "num_threads"_a);
+      "scale"_a, "softcap"_a, "temperature"_a = 1.0, "row_max"_a, "row_sum"_a, "label_logit"_a, "logit_sum"_a,
+      "centred_sum"_a = 0, "square_sum"_a = 0, "max_before"_a = 0, "merge"_a, "num_threads"_a);
 
   module.def(
       "residual_from_stats",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
          int64_t col_offset, int64_t vocab_size, int dtype, int out_dtype, Address labels, Address bias,
-         double scale, double softcap, double label_smoothing, double z_loss, Address row_max,
-         Address row_sum, Address logp, Address row_scale, int num_threads) {
+         double scale, double softcap, double temperature, double label_smoothing, double z_loss,
+         Address row_max, Address row_sum, Address logp, Address row_scale, Address entropy,
+         Address entropy_scale, int num_threads) {
         ResidualFromStatsArgs args;
         args.block = {pointer(logits),
                       pointer(out),
@@ -106,18 +111,21 @@ void bind_logits(py::module_& module) {
                       static_cast<DType>(dtype),
                       static_cast<DType>(out_dtype)};
         args.labels = pointer<const int64_t>(labels);
-        args.head = {pointer(bias), scale, softcap};
+        args.head = {pointer(bias), scale, softcap, temperature};
         args.token_loss = {label_smoothing, z_loss, vocab_size};
         args.row_max = pointer(row_max);
         args.row_sum = pointer(row_sum);
         args.logp = pointer(logp);
         args.row_scale = pointer(row_scale);
+        args.entropy = pointer(entropy);
+        args.entropy_scale = pointer(entropy_scale);
         const py::gil_scoped_release unlocked;
         residual_from_stats(args, num_threads);
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "col_offset"_a,
       "vocab_size"_a, "dtype"_a, "out_dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a,
-      "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "num_threads"_a);
+      "temperature"_a = 1.0, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a,
+      "row_scale"_a, "entropy"_a = 0, "entropy_scale"_a = 0, "num_threads"_a);
 }
 
 void bind_segments(py::module_& module) {

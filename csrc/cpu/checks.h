@@ -2,6 +2,7 @@
 // with the argument's name, what was expected and what came.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -49,6 +50,11 @@ inline void check_block(const LogitsBlock& block, bool writes) {
   check(block.in != block.out || block.rows == 1 || block.in_stride == block.out_stride,
         "out: expected the row stride of logits (" + std::to_string(block.in_stride) +
             ") where it is the same buffer, got " + std::to_string(block.out_stride));
+}
+
+inline void check_head(const HeadTransform& head) {
+  check(head.temperature > 0 && std::isfinite(head.temperature),
+        "temperature: expected a finite number above 0, got " + std::to_string(head.temperature));
 }
 
 // Labels lie below the vocabulary's size. Runs before anything is written, so a caller's buffers stay whole.

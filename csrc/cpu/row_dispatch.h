@@ -8,9 +8,12 @@ namespace {
 
 enum class Head { plain, affine, capped };
 
+// d z / d raw where no soft cap bends it.
+inline double full_scale(const HeadTransform& head) { return head.scale / head.temperature; }
+
 Head head_kind(const HeadTransform& head) {
   if (head.softcap != 0.0) return Head::capped;
-  return head.bias != nullptr || head.scale != 1.0 ? Head::affine : Head::plain;
+  return head.bias != nullptr || full_scale(head) != 1.0 ? Head::affine : Head::plain;
 }
 
 template <typename Call>

@@ -25,6 +25,9 @@ struct LogitsStatsArgs {
   void* row_sum = nullptr;      // [M] acc, likewise
   void* label_logit = nullptr;  // [M] acc, likewise
   void* logit_sum = nullptr;    // [M] acc, likewise, or null
+  void* centred_sum = nullptr;  // [M] acc, likewise, as the next two: all or none
+  void* square_sum = nullptr;   // see row_stats.h for what they are
+  void* max_before = nullptr;
   bool merge = false;
 };
 
@@ -33,10 +36,12 @@ struct ResidualFromStatsArgs {
   const int64_t* labels = nullptr;  // [M], negative: ignored row
   HeadTransform head;
   TokenLoss token_loss;
-  const void* row_max = nullptr;    // [M] acc, of the whole vocabulary
-  const void* row_sum = nullptr;    // [M] acc, likewise
-  const void* logp = nullptr;       // [M] acc
-  const void* row_scale = nullptr;  // [M] acc, or null
+  const void* row_max = nullptr;        // [M] acc, of the whole vocabulary
+  const void* row_sum = nullptr;        // [M] acc, likewise
+  const void* logp = nullptr;           // [M] acc
+  const void* row_scale = nullptr;      // [M] acc, or null
+  const void* entropy = nullptr;        // [M] acc, of the whole vocabulary, or null
+  const void* entropy_scale = nullptr;  // [M] acc, d(loss)/d(entropy); given where entropy is
 };
 
 // Each function works on rows [begin, end) and is safe to call at once on disjoint ranges.

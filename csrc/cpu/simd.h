@@ -282,11 +282,12 @@ inline void store_pair(typename S::Elem* p, Pair<Vec<typename S::Scalar>> x) {
 
 // exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2. Adding 1.5 * 2^23 leaves n in the low
 // bits of the sum; ln 2 is split in two so that n * (its upper part) is exact. exp(r) = 1 + r + r^2 q(r),
-// with q a weighted least-maximum fit (error 3e-9). The clamp below maps to n = -127, where 2^n is built as
-// +0.
-inline VecF vec_exp(VecF x) {
+// with q a weighted least-maximum fit (error 3e-9). x is clamped below at a number that maps to n = -127,
+// where 2^n is built as +0: who multiplies exp(x) by x takes the clamped one, 0 * -inf being NaN.
+inline VecF clamp_for_exp(VecF x) { return larger(broadcast(-88.0f), x); }
+
+inline VecF exp_of_clamped(VecF clamped) {
   constexpr float kMagic = 12582912.0f;
-  const VecF clamped = larger(broadcast(-88.0f), x);
   const VecF shifted = clamped * 1.44269504f + kMagic;
   const VecF n = shifted - kMagic;
   const VecF r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -298,12 +299,13 @@ inline VecF vec_exp(VecF x) {
 }
 
 // As above with 1.5 * 2^52, and the Taylor series to r^13 (truncation 4e-18).
-inline VecD vec_exp(VecD x) {
+inline VecD clamp_for_exp(VecD x) { return larger(broadcast(-709.0), x); }
+
+inline VecD exp_of_clamped(VecD clamped) {
   constexpr double kMagic = 6755399441055744.0;
   constexpr double kInverseFactorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
                                            1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
                                            1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
-  const VecD clamped = larger(broadcast(-709.0), x);
   const VecD shifted = clamped * 1.4426950408889634 + kMagic;
   const VecD n = shifted - kMagic;
   const VecD r = (clamped - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
@@ -312,6 +314,30 @@ inline VecD vec_exp(VecD x) {
   const VecD mantissa = (r * r) * q + r + 1.0;
   const VecD power = bit_cast_to<VecD>((bit_cast_to<VecU64>(shifted) + 1023u) << 52);
   return mantissa * power;
+}
+
+template <typename V>
+inline V vec_exp(V x) {
+  return exp_of_clamped(clamp_for_exp(x));
+}
+
+inline float scalar_exp(float x) { return expf(x); }
+inline double scalar_exp(double x) { return exp(x); }
+inline float scalar_log(float x) { return logf(x); }
+inline double scalar_log(double x) { return log(x); }
+inline float scalar_expm1(float x) { return expm1f(x); }
+inline double scalar_expm1(double x) { return expm1(x); }
+
+// The same clamp for these: exp(-1000) is 0 in both types.
+template <typename Scalar>
+inline Scalar clamp_exponent(Scalar x) {
+  return x < Scalar(-1000) ? Scalar(-1000) : x;
+}
+
+// exp(z - max) needs a finite shift: where all logits are -inf so far, 0 keeps their exp at 0, not NaN.
+template <typename Scalar>
+inline Scalar finite_shift(Scalar max) {
+  return max == -Scalar(INFINITY) ? Scalar(0) : max;
 }
 
 // tanh(x) = x + x^3 P(x^2) near 0, where 1 - 2 / (exp(2x) + 1) would cancel.

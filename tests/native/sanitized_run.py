@@ -30,7 +30,7 @@ def logits_buffer(dtype, rows, cols, seed):
 
 
 def row_kernels(dtype, cols, softcap, threads, short_out=0, out_dtype=None):
-    """All three logits kernels on one block, plain or with bias, cap, smoothing and z-loss."""
+    """All three logits kernels on one block: plain, or with bias, cap, temperature, z-loss and entropy."""
     out_dtype = dtype if out_dtype is None else out_dtype
     acc = np.float64 if dtype == 3 else np.float32
     logits = logits_buffer(dtype, ROWS, cols, cols)
@@ -38,7 +38,11 @@ def row_kernels(dtype, cols, softcap, threads, short_out=0, out_dtype=None):
     out = np.empty((ROWS - short_out) * cols, dtype=ITEM_TYPES[out_dtype])
     labels = np.random.default_rng(2).integers(-1, cols, ROWS)
     logp, loss, row_max, row_sum, label_logit, logit_sum = (np.ones(ROWS, dtype=acc) for _ in range(6))
-    head = {"labels": address(labels), "bias": address(bias), "scale": 1.5 if softcap else 1.0, "softcap": softcap}
+    moments = {name: np.ones(ROWS, dtype=acc) for name in ("centred_sum", "square_sum", "max_before")}
+    head = {
+        "labels": address(labels), "bias": address(bias), "scale": 1.5 if softcap else 1.0, "softcap": softcap,
+        "temperature": 0.7 if softcap else 1.0,
+    }  # fmt: skip
     token_loss = {"label_smoothing": 0.1 if softcap else 0.0, "z_loss": 1e-3 if softcap else 0.0}
     block = {
         "logits": address(logits), "rows": ROWS, "cols": cols, "logits_stride": cols, "dtype": dtype, **head,
@@ -51,9 +55,11 @@ def row_kernels(dtype, cols, softcap, threads, short_out=0, out_dtype=None):
         _C.cpu.logits_stats(
             **block, col_offset=0, merge=merge, row_max=stats["row_max"], row_sum=stats["row_sum"],
             label_logit=address(label_logit), logit_sum=address(logit_sum),
+            **{name: address(array) if softcap else 0 for name, array in moments.items()},
         )  # fmt: skip
     _C.cpu.residual_from_stats(
         **block, **written, **stats, col_offset=0, vocab_size=cols, row_scale=address(loss),
+        entropy=address(logit_sum) if softcap else 0, entropy_scale=address(loss) if softcap else 0,
     )  # fmt: skip
 
 
@@ -100,7 +106,7 @@ def clean():
     def work(number):
         scratch_buffers(number)
         for dtype in ITEM_TYPES:
-            for cols, softcap in ((5, 0.0), (131, 8.0), (1003, 0.0)):
+            for cols, softcap in ((5, 0.0), (5, 8.0), (131, 8.0), (1003, 0.0), (1003, 8.0)):
                 row_kernels(dtype, cols, softcap, threads=3)
                 if dtype in (1, 2):
                     row_kernels(0, cols, softcap, threads=3, out_dtype=dtype)
