@@ -30,11 +30,13 @@ struct LogitsBlock {
 };
 
 // What turns a raw product h W^T into the logit z of the softmax:
-//   y = scale * (raw + bias);   z = y where softcap == 0, else softcap * tanh(y / softcap).
+//   y = scale * (raw + bias);   z = T(y) / temperature,   T(y) = y where softcap == 0, else
+//   softcap * tanh(y / softcap).
 struct HeadTransform {
   const void* bias = nullptr;  // [V] dtype (this block's columns), or null
   double scale = 1.0;
-  double softcap = 0.0;  // 0: off
+  double softcap = 0.0;      // 0: off
+  double temperature = 1.0;  // > 0
 };
 
 // The loss of one token whose gradient is formed, with z the transformed logits, y the label:
