@@ -105,6 +105,7 @@ __device__ void write_moments(const StatsArgs<T>& a, int64_t row, const RowStats
 template <class T, HeadMode kHead, bool kLogitSum, bool kMoments = false>
 __global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const StatsArgs<T> a) {
   constexpr int E = kVecElems<T>;
+  constexpr int kGroup = kMoments ? kLoadGroup / 2 : kLoadGroup;  // within 64 registers
   SF_DYNAMIC_SMEM(float, partials);
   const int t = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
@@ -116,14 +117,14 @@ __global__ void __launch_bounds__(kMaxStatsThreads) logits_stats_kernel(const St
   if constexpr (kMoments) before = columns_before(a.labels[row], a.col_offset, a.cols);
   RowStats stats = RowStats::empty();
 
-  for (int i = t; i < span.vectors; i += kLoadGroup * threads) {
-    uint4 loaded[kLoadGroup];
+  for (int i = t; i < span.vectors; i += kGroup * threads) {
+    uint4 loaded[kGroup];
 #pragma unroll
-    for (int j = 0; j < kLoadGroup; ++j) {
+    for (int j = 0; j < kGroup; ++j) {
       if (i + j * threads < span.vectors) loaded[j] = load_once(vectors + i + j * threads);
     }
 #pragma unroll
-    for (int j = 0; j < kLoadGroup; ++j) {
+    for (int j = 0; j < kGroup; ++j) {
       if (i + j * threads >= span.vectors) break;
       float z[E];
       const int column = span.head + (i + j * threads) * E;
