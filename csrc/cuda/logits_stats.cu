@@ -92,9 +92,12 @@ __device__ void write_moments(const StatsArgs<T>& a, int64_t row, const RowStats
     const float max = fmaxf(earlier, all.max);
     const float theirs = exp_difference(earlier, max);
     const float ours = exp_difference(all.max, max);
-    centred = theirs * fmaf(a.row_sum[row], finite_difference(earlier, max), a.centred_sum[row]) +
-              ours * fmaf(sum_relative_to_max(all), finite_difference(all.max, max), centred);
-    squares = theirs * theirs * a.square_sum[row] + ours * ours * squares;
+    const float their_sum = a.row_sum[row];
+    const float our_sum = sum_relative_to_max(all);
+    centred = theirs * fmaf(their_sum, finite_difference(earlier, max), a.centred_sum[row]) +
+              ours * fmaf(our_sum, finite_difference(all.max, max), centred);
+    squares = rescaled_squares(a.square_sum[row], theirs, their_sum * theirs) +
+              rescaled_squares(squares, ours, our_sum * ours);
     before = fmaxf(a.max_before[row], before);
   }
   a.centred_sum[row] = centred;
@@ -210,7 +213,8 @@ __global__ void __launch_bounds__(kResidualThreads, 4)
     }
 
     // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative. The entropy's part
-    // makes the gain a linear function of the exponent.
+    // makes the gain a linear function of z - max, which is not taken from the exponent: that is rounded
+    // where p is 1, and log p + H cancels there.
     const T* const in = a.in + row * a.in_stride;
     const RowSpan span = RowSpan::of(in, a.cols);
     const RowStats stats = stats_of(a.row_max[row], a.row_sum[row]);
@@ -225,14 +229,12 @@ __global__ void __launch_bounds__(kResidualThreads, 4)
     float entropy_scale = 0.f, slope = 0.f;
     if constexpr (kEntropy) {
       entropy_scale = a.entropy_scale[row] * a.head.gradient;
-      const float share = entropy_scale / stats.sum;
-      gain = fmaf(-share, a.entropy[row] - logf(stats.sum), gain);
-      slope = -share * kLn2;
+      slope = -entropy_scale / stats.sum;
+      gain = fmaf(slope, a.entropy[row] - logf(a.row_sum[row]), gain);
     }
     const auto residual = [&](float z) {
-      const float exponent = fmaf(z, kLog2e, -shift);
-      const float slant = kEntropy ? fmaf(finite_exponent(exponent), slope, gain) : gain;
-      return fmaf(exp2_approx(exponent), slant, offset) * cap_derivative<kHead>(z, a.head);
+      const float slant = kEntropy ? fmaf(finite_exponent(z - stats.max), slope, gain) : gain;
+      return fmaf(exp2_approx(fmaf(z, kLog2e, -shift)), slant, offset) * cap_derivative<kHead>(z, a.head);
     };
 
     // The thread that owns the label's element reads its logit before anything here is overwritten.

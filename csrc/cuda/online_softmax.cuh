@@ -98,6 +98,12 @@ __device__ inline float tree_sum(const float (&x)[E]) {
   return s;
 }
 
+// A sum of squares times factor^2, where the sum itself became `sum`. They may be infinite where the shift
+// was rounded by 64 and still count for nothing. A NaN is in both sums.
+__device__ inline float rescaled_squares(float squares, float factor, float sum) {
+  return factor == 0.f ? sum : squares * factor * factor;
+}
+
 // Makes the sums relative to another maximum, which is no smaller.
 template <bool kMoments>
 __device__ inline void rescale(RowStats& stats, float max) {
@@ -106,8 +112,7 @@ __device__ inline void rescale(RowStats& stats, float max) {
   if constexpr (kMoments) {
     const float distance = exponent_shift(stats.max) - exponent_shift(max);
     stats.exponents = factor * fmaf(stats.sum, distance, stats.exponents);
-    // Squares may be infinite where the shift was rounded by 64. A NaN is in both sums.
-    stats.squares = factor == 0.f ? sum : stats.squares * factor * factor;
+    stats.squares = rescaled_squares(stats.squares, factor, sum);
   }
   stats.sum = sum;
   stats.max = max;
