@@ -1,9 +1,9 @@
 """The CUDA kernels against the shared grid, on the CPU.
 
 The sources of ``csrc/cuda`` are compiled by the host's compiler and run by the emulator (tests/cuda_emulator),
-behind the package's own ``CudaBackend``. Numbers are checked here; the last tests run this file again with the
-kernels instrumented, where a read out of bounds, a misaligned vector or a race ends the run. What a GPU alone can
-tell: approximate instructions, inline PTX, races between rows.
+behind the package's own ``CudaBackend``. Numbers are checked here; the last tests run this file and
+``test_cuda_emulated_stats.py`` again with the kernels instrumented, where a read out of bounds, a misaligned vector
+or a race ends the run. What a GPU alone can tell: approximate instructions, inline PTX, races between rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ import slime_fused.backends.cuda as cuda_backend
 from slime_fused.backends.base import LogitsBlock, RowStats, SlimePairs, VocabStats
 from tests import backend_grid as grid
 from tests import moment_grid, token_grid
-from tests.cuda_emulator.backend import emulated_backend, load_module
+from tests.cuda_emulator.backend import MODULE_VARIABLE, emulated_backend, emulated_module
 from tests.cuda_emulator.build import EmulatorUnavailable, Mode, build, sanitizer_environment
 from tests.narrow_residual import CASES as NARROW_CASES
 from tests.narrow_residual import HALVES, check_narrow_residual
 
 pytestmark = pytest.mark.slow  # the first run compiles the kernels, about a minute for each of three builds
 
+FILES = (__file__, str(Path(__file__).with_name("test_cuda_emulated_stats.py")))
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MODULE_VARIABLE = "CUDA_EMULATED_MODULE"
-"""Names a built module to use instead of the plain one: how the sanitized runs call this file."""
 
 WIDE = tuple(
     # Several blocks per row of residual_from_stats, a remainder in every loop, rows at four alignments.
@@ -45,13 +44,7 @@ ROW_CASES = [*grid.row_cases(DTYPES), *WIDE]
 
 @pytest.fixture(scope="session")
 def native() -> Any:
-    """The module ``_C_emulated``."""
-    if path := os.environ.get(MODULE_VARIABLE):
-        return load_module(Path(path))
-    try:
-        return load_module(build("_C_emulated"))
-    except EmulatorUnavailable as error:
-        pytest.skip(str(error))
+    return emulated_module()
 
 
 @pytest.fixture
@@ -352,8 +345,8 @@ def test_label_beyond_the_vocabulary_traps_and_is_named(backend, kernel, capfd):
     assert "labels[1] = 8 is not in [0, 8)" in capfd.readouterr().out
 
 
-def run_this_file(mode: Mode) -> subprocess.CompletedProcess[str]:
-    """Run every other test of this file in a process of its own, on instrumented kernels."""
+def run_these_files(mode: Mode) -> subprocess.CompletedProcess[str]:
+    """Run every other test of the emulated kernels in a process of its own, on instrumented kernels."""
     try:
         module = build("_C_emulated", mode)
     except EmulatorUnavailable as error:
@@ -364,7 +357,7 @@ def run_this_file(mode: Mode) -> subprocess.CompletedProcess[str]:
         MODULE_VARIABLE: str(module),
         "OMP_NUM_THREADS": "1",  # PyTorch's own threads are not instrumented: one makes for no false report
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *FILES]
     return subprocess.run(
         [*command, "-k", "not sanitizer"], capture_output=True, text=True, env=environment, timeout=500
     )
@@ -373,7 +366,7 @@ def run_this_file(mode: Mode) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
 def test_no_sanitizer_finds_anything(mode):
     """AddressSanitizer and UBSan, then ThreadSanitizer with one fiber per CUDA thread."""
-    done = run_this_file(mode)
+    done = run_these_files(mode)
     assert done.returncode == 0, (
         f"{mode}: exit status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     )

@@ -107,57 +107,61 @@ void bind_rows(py::module_& module) {
       "softmax_residual",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
          int dtype, int out_dtype, Address labels, Address bias, double scale, double softcap,
-         double label_smoothing, double z_loss, Address row_max, Address row_sum, Address logp, Address loss,
-         const cuda::RowPlan& plan, int device, Address stream) {
+         double temperature, double label_smoothing, double z_loss, Address row_max, Address row_sum,
+         Address logp, Address loss, const cuda::RowPlan& plan, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         use_device(device);
         cuda::softmax_residual({pointer(logits), pointer(out), rows, cols, logits_stride, out_stride, 0,
                                 static_cast<DType>(dtype), static_cast<DType>(out_dtype)},
-                               pointer<const int64_t>(labels), {pointer(bias), scale, softcap},
+                               pointer<const int64_t>(labels), {pointer(bias), scale, softcap, temperature},
                                {label_smoothing, z_loss, cols}, pointer<float>(row_max),
                                pointer<float>(row_sum), pointer<float>(logp), pointer<float>(loss), plan,
                                stream_of(stream));
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "dtype"_a, "out_dtype"_a,
-      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a,
-      "logp"_a, "loss"_a, "plan"_a, "device"_a, "stream"_a);
+      "labels"_a, "bias"_a, "scale"_a, "softcap"_a, "temperature"_a = 1.0, "label_smoothing"_a, "z_loss"_a,
+      "row_max"_a, "row_sum"_a, "logp"_a, "loss"_a, "plan"_a, "device"_a, "stream"_a);
 
   module.def(
       "logits_stats",
       [](Address logits, int64_t rows, int64_t cols, int64_t logits_stride, int64_t col_offset, int dtype,
-         Address labels, Address bias, double scale, double softcap, Address row_max, Address row_sum,
-         Address label_logit, Address logit_sum, bool merge, int device, Address stream) {
+         Address labels, Address bias, double scale, double softcap, double temperature, Address row_max,
+         Address row_sum, Address label_logit, Address logit_sum, Address centred_sum, Address square_sum,
+         Address max_before, bool merge, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         use_device(device);
         cuda::logits_stats(
             {pointer(logits), nullptr, rows, cols, logits_stride, 0, col_offset, static_cast<DType>(dtype)},
-            pointer<const int64_t>(labels), {pointer(bias), scale, softcap}, pointer<float>(row_max),
-            pointer<float>(row_sum), pointer<float>(label_logit), pointer<float>(logit_sum), merge,
-            stream_of(stream));
+            pointer<const int64_t>(labels), {pointer(bias), scale, softcap, temperature},
+            pointer<float>(row_max), pointer<float>(row_sum), pointer<float>(label_logit),
+            pointer<float>(logit_sum), pointer<float>(centred_sum), pointer<float>(square_sum),
+            pointer<float>(max_before), merge, stream_of(stream));
       },
       "logits"_a, "rows"_a, "cols"_a, "logits_stride"_a, "col_offset"_a, "dtype"_a, "labels"_a, "bias"_a,
-      "scale"_a, "softcap"_a, "row_max"_a, "row_sum"_a, "label_logit"_a, "logit_sum"_a, "merge"_a, "device"_a,
-      "stream"_a);
+      "scale"_a, "softcap"_a, "temperature"_a = 1.0, "row_max"_a, "row_sum"_a, "label_logit"_a, "logit_sum"_a,
+      "centred_sum"_a = 0, "square_sum"_a = 0, "max_before"_a = 0, "merge"_a, "device"_a, "stream"_a);
 
   module.def(
       "residual_from_stats",
       [](Address logits, Address out, int64_t rows, int64_t cols, int64_t logits_stride, int64_t out_stride,
          int64_t col_offset, int64_t vocab_size, int dtype, int out_dtype, Address labels, Address bias,
-         double scale, double softcap, double label_smoothing, double z_loss, Address row_max,
-         Address row_sum, Address logp, Address row_scale, int device, Address stream) {
+         double scale, double softcap, double temperature, double label_smoothing, double z_loss,
+         Address row_max, Address row_sum, Address logp, Address row_scale, Address entropy,
+         Address entropy_scale, int device, Address stream) {
         const py::gil_scoped_release unlocked;
         use_device(device);
-        cuda::residual_from_stats({pointer(logits), pointer(out), rows, cols, logits_stride, out_stride,
-                                   col_offset, static_cast<DType>(dtype), static_cast<DType>(out_dtype)},
-                                  pointer<const int64_t>(labels), {pointer(bias), scale, softcap},
-                                  {label_smoothing, z_loss, vocab_size}, pointer<const float>(row_max),
-                                  pointer<const float>(row_sum), pointer<const float>(logp),
-                                  pointer<const float>(row_scale), stream_of(stream));
+        cuda::residual_from_stats(
+            {pointer(logits), pointer(out), rows, cols, logits_stride, out_stride, col_offset,
+             static_cast<DType>(dtype), static_cast<DType>(out_dtype)},
+            pointer<const int64_t>(labels), {pointer(bias), scale, softcap, temperature},
+            {label_smoothing, z_loss, vocab_size}, pointer<const float>(row_max),
+            pointer<const float>(row_sum), pointer<const float>(logp), pointer<const float>(row_scale),
+            pointer<const float>(entropy), pointer<const float>(entropy_scale), stream_of(stream));
       },
       "logits"_a, "out"_a, "rows"_a, "cols"_a, "logits_stride"_a, "out_stride"_a, "col_offset"_a,
       "vocab_size"_a, "dtype"_a, "out_dtype"_a, "labels"_a, "bias"_a, "scale"_a, "softcap"_a,
-      "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a, "row_scale"_a, "device"_a,
-      "stream"_a);
+      "temperature"_a = 1.0, "label_smoothing"_a, "z_loss"_a, "row_max"_a, "row_sum"_a, "logp"_a,
+      "row_scale"_a, "entropy"_a = 0, "entropy_scale"_a = 0, "device"_a, "stream"_a);
 }
 
 void bind_tokens(py::module_& module) {

@@ -44,6 +44,8 @@ void dispatch_head(HeadMode mode, Fn&& fn) {
       return fn(HeadTag<HeadMode::affine>{});
     case HeadMode::softcap:
       return fn(HeadTag<HeadMode::softcap>{});
+    case HeadMode::dynamic:
+      break;  // never what a head needs
   }
 }
 

@@ -23,19 +23,22 @@ void softmax_residual(const LogitsBlock& block, const int64_t* labels, const Hea
                       const TokenLoss& token_loss, float* row_max, float* row_sum, float* logp, float* loss,
                       const RowPlan& plan, cudaStream_t stream);
 
-// row_max, row_sum, label_logit [M]; logit_sum [M] or null. With `merge` they are updated.
+// row_max, row_sum, label_logit [M]; logit_sum [M] or null; centred_sum, square_sum, max_before [M], or all
+// three null. With `merge` they are updated.
 void logits_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head, float* row_max,
-                  float* row_sum, float* label_logit, float* logit_sum, bool merge, cudaStream_t stream);
+                  float* row_sum, float* label_logit, float* logit_sum, float* centred_sum, float* square_sum,
+                  float* max_before, bool merge, cudaStream_t stream);
 
 // What softmax_residual was compiled for on the current device, as 10 * major + minor: its plan must not ask
 // for more.
 int row_kernel_capability();
 
-// As softmax_residual from known row_max, row_sum, logp [M], times row_scale [M] or null. token_loss.vocab:
-// the whole vocabulary.
+// As softmax_residual from known row_max, row_sum, logp [M], times row_scale [M] or null, plus entropy_scale
+// [M] times the gradient of the row's entropy [M], or both null. token_loss.vocab: the whole vocabulary.
 void residual_from_stats(const LogitsBlock& block, const int64_t* labels, const HeadTransform& head,
                          const TokenLoss& token_loss, const float* row_max, const float* row_sum,
-                         const float* logp, const float* row_scale, cudaStream_t stream);
+                         const float* logp, const float* row_scale, const float* entropy,
+                         const float* entropy_scale, cudaStream_t stream);
 
 // out [S] = sum or mean of values [N] over [cu_seqlens[s], cu_seqlens[s + 1]); cu_seqlens [S + 1].
 void segment_sum(const float* values, const int32_t* cu_seqlens, float* out, int64_t segments, bool mean,

@@ -32,10 +32,11 @@ constexpr int64_t block_vectors_of(int64_t row_vectors, int cluster) {
 }
 
 // Shared memory through which the warps of a row's blocks exchange their statistics: a barrier,
-// [cluster * warps] pairs (max, sum), then as many sums of logits, float32.
+// [cluster * warps] pairs (max, sum), then as many sums of logits, float32; three more where moments are
+// kept.
 inline constexpr int kExchangeHeader = 16;
-constexpr int stats_exchange_bytes(int cluster, int threads) {
-  return (kExchangeHeader + 12 * cluster * (threads / 32) + 127) / 128 * 128;
+constexpr int stats_exchange_bytes(int cluster, int threads, bool moments = false) {
+  return (kExchangeHeader + (moments ? 24 : 12) * cluster * (threads / 32) + 127) / 128 * 128;
 }
 
 // Whether devices of this capability (10 * major + minor) run clusters of several blocks.

@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
   // Row constants: residual = exp(z - max) * gain + offset, times the cap's derivative.
   const float z_loss_factor = a.z_loss == 0.f ? 0.f : 2.f * a.z_loss * (all.max + log_sum_exp(all));
   const float shift = exponent_shift(all.max);
-  const float gain = __fdividef(a.head.scale * (1.f + z_loss_factor), all.sum);
-  const float offset = -a.head.scale * a.smoothing;
+  const float gain = __fdividef(a.head.gradient * (1.f + z_loss_factor), all.sum);
+  const float offset = -a.head.gradient * a.smoothing;
   const auto residual = [&](float z) {
     return fmaf(exp2_approx(fmaf(z, kLog2e, -shift)), gain, offset) * cap_derivative<kHead>(z, a.head);
   };
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kMaxThreads<kRegisters>, kMinBlocks<kRegisters
     }
     const float p = exp2_approx(logp * kLog2e);
     const float d_logit = expm1f(logp) + z_loss_factor * p + (a.label_smoothing - a.smoothing);
-    label_value = d_logit * a.head.scale * cap_derivative<kHead>(label_logit, a.head);
+    label_value = d_logit * a.head.gradient * cap_derivative<kHead>(label_logit, a.head);
   }
 
   // Second visit: the residual, element for element where the logits were.
