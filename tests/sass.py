@@ -116,9 +116,9 @@ class Kernel:
         return None
 
 
-def kernels(cubin: Path) -> dict[str, Kernel]:
-    """Every function of a compiled file by its mangled name."""
-    disassembler = nvdisasm()
+def kernels(cubin: Path, disassembler: str | Path | None = None) -> dict[str, Kernel]:
+    """Every function of a compiled file by its mangled name; ``disassembler``: if not the one that is found."""
+    disassembler = disassembler or nvdisasm()
     assert disassembler is not None
     done = subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True, check=True)
     listings: dict[str, list[str]] = {}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import sass
 from tests.triton_support import INTERPRETING, import_kernels
 
 pytest.importorskip("triton")
@@ -30,6 +31,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
 SHARED_MEMORY = {
     # The most that one program may take (CUDA programming guide, compute capabilities; CDNA ISA guides).
@@ -52,10 +54,12 @@ POINTERS = {
     "cu_seqlens": "*i32",
     **dict.fromkeys(
         (
-            "row_max_in", "row_sum_in", "logp_in", "row_max_out", "row_sum_out", "logp_out", "loss_out",
-            "label_logit_out", "logit_sum_out", "row_scale", "partial_max", "partial_sum", "partial_logit_sum",
-            "label_logit",
-            "row_max", "row_sum", "logit_sum", "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out",
+            "row_max_in", "row_sum_in", "logp_in", "entropy_in", "entropy_scale", "row_scale",
+            "row_max_out", "row_sum_out", "logp_out", "loss_out", "label_logit_out", "logit_sum_out",
+            "centred_sum_out", "square_sum_out", "max_before_out", "partial_max", "partial_sum",
+            "partial_logit_sum", "partial_centred", "partial_square", "partial_before",
+            "row_max", "row_sum", "label_logit", "logit_sum", "centred_sum", "square_sum", "max_before",
+            "logp", "chosen_logps", "rejected_logps", "anchor_out", "margin_out",
             "stabilizer_out", "d_logp", "d_out", "d_values", "factor",
         ),
         "*fp32",
@@ -63,8 +67,8 @@ POINTERS = {
 }  # fmt: skip
 INTEGERS = ("logits_stride", "out_stride", "hidden_stride", "weight_stride", "M", "V", "D", "T", "col_offset",
             "vocab_size", "pairs", "numel")  # fmt: skip
-FEATURES = ("HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_EXTRAS", "HAS_LOSS", "HAS_LOGIT_SUM", "MERGE",
-            "HAS_ROW_SCALE", "HAS_GRADIENT", "MEAN")  # fmt: skip
+FEATURES = ("HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_EXTRAS", "HAS_LOSS", "HAS_LOGIT_SUM", "HAS_MOMENTS",
+            "MERGE", "HAS_ROW_SCALE", "HAS_ENTROPY", "HAS_GRADIENT", "MEAN")  # fmt: skip
 
 
 def make_target(arch):
@@ -126,11 +130,12 @@ def register_use(compiled, arch):
     """(registers per thread, bytes of stack per thread); on AMD (0, spilled registers)."""
     if isinstance(arch, str):
         return 0, int(re.search(r"\.vgpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])[1])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()
     return int(registers), int(stack)
 
@@ -167,18 +172,34 @@ def row_kernels(family):
 def test_row_and_segment_kernels_fit(arch):
     """With every feature on, which takes the most registers; float32 rows, which take the most per element."""
     for kernel, config, checked in row_kernels(configs.target_family(make_target(arch).backend, arch)):
-        compiled = compile_kernel(kernel, arch, "fp32", (("BLOCK", config.block),), config.num_warps, 3, checked)
+        of_entropy = [name for name in ("HAS_MOMENTS", "HAS_ENTROPY") if name in kernel.arg_names]
+        for off in ((), *(((name, False),) for name in of_entropy)):
+            constants = (("BLOCK", config.block), *off)
+            compiled = compile_kernel(kernel, arch, "fp32", constants, config.num_warps, 3, checked)
+            assert_fits(compiled, arch, config.num_warps)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("fp32", 4), ("bf16", 2)])
+def test_statistics_with_moments_fit(arch, dtype, itemsize):
+    """Every shipped program: those of few warps hold the most lanes, each with six statistics."""
+    for config in row_configs(configs.target_family(make_target(arch).backend, arch), itemsize):
+        constants = (("BLOCK", config.block),)
+        compiled = compile_kernel(rows.logits_stats_kernel, arch, dtype, constants, config.num_warps, 3)
         assert_fits(compiled, arch, config.num_warps)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("is_aligned", [False, True])
-def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
+@pytest.mark.parametrize("has_moments", [False, True])
+def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned, has_moments):
     """Aligned rows, which descriptors can address, and rows of any pitch."""
     family = configs.target_family(make_target(arch).backend, arch)
-    config = configs.linear_config(family, 2, can_use_descriptors=is_aligned)
-    compiled = compile_linear(config, arch, "bf16", features=features, is_aligned=is_aligned)
+    config = configs.linear_config(family, 2, can_use_descriptors=is_aligned, has_moments=has_moments)
+    compiled = compile_linear(
+        config, arch, "bf16", features=features, is_aligned=is_aligned, has_moments=has_moments
+    )
     assert_fits(compiled, arch, config.num_warps)
     assembly = compiled.asm["amdgcn" if isinstance(arch, str) else "ptx"]
     assert TENSOR_CORES.get(arch, "mma.sync") in assembly
@@ -186,12 +207,25 @@ def test_linear_stats_fits_and_uses_tensor_cores(arch, features, is_aligned):
     assert config.uses_descriptors == (is_aligned and family in ("sm90", "sm100"))
 
 
+@pytest.mark.parametrize("family", ["sm90", "sm100"])
+def test_moments_spill_in_the_tiles_of_the_plain_product(family):
+    """Why they have tiles of their own; which belong to the table as long as this holds."""
+    arch, config = int(family[2:]), configs.LINEAR_CONFIGS[family, 2]
+    compiled = compile_linear(config, arch, "bf16", features=True, has_moments=True)
+    assert register_use(compiled, arch)[1] > 10 * MAX_STACK
+    assert configs.MOMENTS_CONFIGS[family, 2] != config
+
+
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_float32_linear_stats_and_merge_fit(arch):
+@pytest.mark.parametrize("has_moments", [False, True])
+def test_float32_linear_stats_and_merge_fit(arch, has_moments):
     family = configs.target_family(make_target(arch).backend, arch)
-    config = configs.linear_config(family, 4, can_use_descriptors=True)
-    assert_fits(compile_linear(config, arch, "fp32", features=True), arch, config.num_warps)
-    merge = (("BLOCK_M", configs.MERGE_ROWS), ("BLOCK_T", configs.MERGE_TILES))
+    config = configs.linear_config(family, 4, can_use_descriptors=True, has_moments=has_moments)
+    compiled = compile_linear(config, arch, "fp32", features=True, has_moments=has_moments)
+    assert_fits(compiled, arch, config.num_warps)
+    merge = (
+        ("BLOCK_M", configs.MERGE_ROWS), ("BLOCK_T", configs.MERGE_TILES), ("HAS_MOMENTS", has_moments)
+    )  # fmt: skip
     assert_fits(compile_kernel(linear_stats.merge_partials_kernel, arch, "fp32", merge, 4, 3), arch, 4)
 
 
@@ -199,7 +233,7 @@ def test_float32_linear_stats_and_merge_fit(arch):
 def test_products_are_rounded_in_pairs(dtype):
     """One conversion for two elements of a thread's 128; none of them on the slow path of single ones."""
     config = configs.LINEAR_CONFIGS["sm90", 2]
-    code, _ = disassemble(compile_linear(config, 90, dtype, features=False))
+    code = disassemble(compile_linear(config, 90, dtype, features=False)).code
     assert sum("F2FP" in line for line in code) == config.block_m * config.block_n // (32 * config.num_warps) // 2
     assert not any(re.search(r"\bF2F\b", line) for line in code)
 
@@ -211,12 +245,13 @@ class FrozenTiles(dict):
         return hash(tuple(self.items()))
 
 
-def compile_linear(config, arch, dtype, *, features, is_aligned=True):
+def compile_linear(config, arch, dtype, *, features, is_aligned=True, has_moments=False):
     """The fused head product; without features also without a tail in D."""
     constants = {
         "HAS_BIAS": features,
         "HAS_SOFTCAP": features,
         "HAS_LOGIT_SUM": features,
+        "HAS_MOMENTS": has_moments,
         "HAS_PTX": not isinstance(arch, str),
         "ROUNDS_PRODUCT": True,
         "DESCRIPTORS": config.uses_descriptors,
@@ -243,7 +278,7 @@ def test_candidates_fit():
     """What a sweep will time, as a plain bfloat16 head launches it, and the shipped row kernels among it."""
     assert set(row_configs("sm90", 2)) <= set(configs.ROW_CANDIDATES)
     for config in configs.ROW_CANDIDATES:
-        assert_fits(compile_plain_residual(config), 90, config.num_warps)
+        assert_fits(compile_plain(rows.softmax_residual_kernel, config, checked=True), 90, config.num_warps)
     for config in configs.LINEAR_CANDIDATES:
         assert_fits(compile_linear(config, 90, "bf16", features=False), 90, config.num_warps)
 
@@ -273,46 +308,36 @@ def test_labels_are_checked_on_the_device(arch):
         assert ("__assertfail" in compiled.asm["ptx"]) == checked
 
 
-def compile_plain_residual(config):
-    """`softmax_residual` as a plain bfloat16 head of an H100 launches it."""
-    off = {name: False for name in FEATURES if name in rows.softmax_residual_kernel.arg_names}
-    constants = tuple({**off, "BLOCK": config.block}.items())
-    return compile_kernel(rows.softmax_residual_kernel, 90, "bf16", constants, config.num_warps, 3, True)
+def compile_plain(kernel, config, *, checked=False, **features):
+    """A row kernel as a plain bfloat16 head of an H100 launches it, with the named features alone."""
+    off = {name: False for name in FEATURES if name in kernel.arg_names}
+    constants = tuple({**off, **features, "BLOCK": config.block}.items())
+    return compile_kernel(kernel, 90, "bf16", constants, config.num_warps, 3, checked)
 
 
 def disassemble(compiled):
-    """(instructions of a kernel for NVIDIA, where each label stands among them)."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    """The machine code of a kernel for NVIDIA."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    code, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
-            code.append(instruction[1])
-    return code, labels
+        (kernel,) = sass.kernels(Path(file.name), TOOLS / "nvdisasm").values()
+    return kernel
 
 
-def loops_of(compiled):
-    """The instructions of each innermost loop, without those that a branch inside it skips."""
-    code, labels = disassemble(compiled)
-    jumps = {i: labels[m[1]] for i, line in enumerate(code) if (m := re.search(r"BRA.*(\.L_x_\d+)", line))}
-    loops = []
-    for end, begin in jumps.items():
-        if begin < end - 2:
-            skipped = {j for i in range(begin, end) for j in range(i + 1, min(jumps.get(i, 0), end))}
-            loops.append([code[i] for i in range(begin, end + 1) if i not in skipped])
-    return loops
+def exponential_loops(compiled):
+    """The instructions of each innermost loop over exponentials, without those that a branch inside it skips."""
+    kernel = disassemble(compiled)
+    starts = [n for n, block in enumerate(kernel.blocks) if block.count("MUFU.EX2")]
+    ways = [way for n in starts if (way := kernel.loop(n)) is not None]
+    loops = {frozenset(way.blocks): way.blocks for way in ways}
+    return [[line for n in blocks for line in kernel.blocks[n].code] for blocks in loops.values()]
 
 
 @pytest.mark.parametrize("config", row_configs("sm90", 2), ids=lambda c: f"{c.block}x{c.num_warps}")
 def test_row_loops_stay_short(config):
     """Per element 8.5 or less for the statistics and 8.6 for the residual (Triton 3.6, 3.9), and no barrier."""
-    compiled = compile_plain_residual(config)
-    statistics, residual = [loop for loop in loops_of(compiled) if any("MUFU.EX2" in line for line in loop)]
+    compiled = compile_plain(rows.softmax_residual_kernel, config, checked=True)
+    statistics, residual = exponential_loops(compiled)
     elements = config.block / (32 * config.num_warps)
     assert not any("BAR" in line for line in statistics + residual)
     assert len(statistics) <= 9 * elements
@@ -321,12 +346,20 @@ def test_row_loops_stay_short(config):
     assert sum("STG.E" in line and ".128" in line for line in residual) == elements / 8
 
 
+@pytest.mark.parametrize("config", row_configs("sm90", 2), ids=lambda c: f"{c.block}x{c.num_warps}")
+def test_statistics_with_moments_stay_short(config):
+    """14.5 or less per element (Triton 3.9): within the 20 that an H100 issues while 2 bytes come at 3 TB/s."""
+    (loop,) = exponential_loops(compile_plain(rows.logits_stats_kernel, config, HAS_MOMENTS=True))
+    assert not any("BAR" in line for line in loop)
+    assert len(loop) <= 15 * config.block / (32 * config.num_warps)
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_rows_between_their_visits_fit_in_l2(arch):
     """Registers bound the programs of a multiprocessor, and a program holds half its row on average."""
     l2_bytes = {80: 40 * 1024 * KIB / 108, 90: 50 * 1024 * KIB / 132}[arch]
     for most, config in configs.ROW_CONFIGS[1:-1]:
-        compiled = compile_plain_residual(config)
+        compiled = compile_plain(rows.softmax_residual_kernel, config, checked=True)
         registers = -(-register_use(compiled, 90)[0] // 8) * 8
         threads = 32 * config.num_warps
         programs = min(REGISTERS // (registers * threads), 2048 // threads)

@@ -10,7 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.triton_support import DEVICE, skip_unless_kernels_run
+from tests.triton_support import (
+    DEVICE,
+    Head,
+    assert_derived_match,
+    exact_logits,
+    exact_statistics,
+    skip_unless_kernels_run,
+)
 
 skip_unless_kernels_run()
 
@@ -113,6 +120,108 @@ def test_the_sum_of_logits_changes_nothing_else():
     problem = make_problem(41, 75, 40, torch.bfloat16, has_bias=True)
     with_sum, without = (run_tile(*problem, HeadTransform(), TILE, logit_sum=on) for on in (True, False))
     assert all(torch.equal(a, b) for a, b in zip(with_sum[:3], without, strict=True))
+
+
+def run_moments(hidden, weight, labels, bias, head, config=TILE, col_offset=0):
+    """Every statistic, in a scratch that begins as NaN."""
+    names = ("row_max", "row_sum", "label_logit", "logit_sum", "centred_sum", "square_sum", "max_before")
+    out = {name: torch.full((hidden.shape[0],), 7.0, device=DEVICE) for name in names}
+    shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
+    partials = torch.full((6, *shape), torch.nan, device=DEVICE)
+    kernels.linear_stats(
+        hidden,
+        weight,
+        labels,
+        bias,
+        **out,
+        partials=partials,
+        **head._asdict(),
+        col_offset=col_offset,
+        config=config,
+    )
+    return out
+
+
+def expected_moments(hidden, weight, labels, bias, head, col_offset=0):
+    """(float64, float32) statistics of products rounded as stored ones are."""
+    product = (hidden.double() @ weight.double().T).to(hidden.dtype)
+    return tuple(
+        exact_statistics(
+            exact_logits(product.to(wide), None if bias is None else bias.to(wide), head), labels, col_offset
+        )
+        for wide in (torch.float64, torch.float32)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("uses_descriptors", [False, True])
+@pytest.mark.parametrize(
+    ("head", "has_bias"),
+    [
+        (Head(), False),
+        (Head(temperature=0.01), True),
+        (Head(scale=-0.7, temperature=100.0), True),
+        (Head(scale=0.0, temperature=2.0), True),
+        (Head(scale=2.0, softcap=3.0, temperature=0.25), True),
+    ],
+)
+def test_moments_and_temperature(dtype, uses_descriptors, head, has_bias):
+    """Labels in each tile, first and last columns among them; a tile of -inf alone; a sum more or less."""
+    hidden, weight, labels, bias = make_problem(41, 75, 40, dtype, has_bias=has_bias)
+    if has_bias and head.scale > 0:
+        bias[32:64] = -torch.inf
+    config = replace(TILE, uses_descriptors=uses_descriptors)
+    got = run_moments(hidden, weight, labels, bias, head, config)
+    exact, plain = expected_moments(hidden, weight, labels, bias, head)
+    floor = 2e-6 + (1e-5 / head.temperature if dtype == torch.float32 else 0.0)  # the order of the product's sums
+    assert_derived_match(got, exact, plain, "moments", floor)
+    if head == Head():
+        fewer = run_tile(hidden, weight, labels, bias, HeadTransform(), config)
+        for name, values in zip(("row_max", "row_sum", "label_logit", "logit_sum"), fewer, strict=True):
+            torch.testing.assert_close(got[name], values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("head", [Head(), Head(0.3, 5.0, 0.7)])
+def test_the_label_at_the_maximum_has_the_bits_of_the_maximum(head):
+    """And its equal before it is seen as such, in the same tile and in another."""
+    hidden, weight, _, bias = make_problem(41, 75, 40, torch.bfloat16, has_bias=True)
+    bias.zero_()
+    z = exact_logits((hidden.double() @ weight.double().T).to(hidden.dtype).double(), None, head)
+    first, rows = z.argmax(1), torch.arange(41, device=DEVICE)
+    got = run_moments(hidden, weight, first, bias, head)
+    assert torch.equal(got["label_logit"], got["row_max"])
+    assert (got["label_logit"] > got["max_before"]).all()
+    best = int(first[0])
+    for copy in (0, 40, 74):
+        if copy == best:
+            continue
+        doubled = weight.clone()
+        doubled[copy] = weight[best]
+        wins = (z[rows, best] == z.amax(1)).nonzero().squeeze(1)
+        labels = torch.full((41,), copy, device=DEVICE)
+        got = run_moments(hidden, doubled, labels, bias, head)
+        assert torch.equal(got["label_logit"][wins], got["row_max"][wins])
+        assert (got["label_logit"] > got["max_before"])[wins].tolist() == [copy < best] * len(wins)
+
+
+def test_moments_of_nothing_but_minus_infinity():
+    hidden, weight, labels, bias = make_problem(5, 75, 24, torch.bfloat16, has_bias=True)
+    got = run_moments(hidden, weight, labels, torch.full_like(bias, -torch.inf), Head())
+    assert (got["row_max"] == -torch.inf).all()
+    assert all((got[name] == 0).all() for name in ("row_sum", "centred_sum", "square_sum"))
+
+
+@pytest.mark.parametrize("family", ["sm90", "sm100"])
+def test_moments_take_tiles_of_their_own(family):
+    """What ships for an H100 and a B200, in two shards of the vocabulary."""
+    hidden, weight, labels, _ = make_problem(20, 150, 24, torch.bfloat16, has_bias=False)
+    config = kernels.choose_config(family, hidden, weight, has_moments=True)
+    assert config != kernels.choose_config(family, hidden, weight)
+    for begin, end in ((0, 131), (131, 150)):
+        problem = (hidden, weight[begin:end], labels, None, Head())
+        got = run_moments(*problem, config, begin)
+        exact, plain = expected_moments(*problem, begin)
+        assert_derived_match(got, exact, plain, begin)
 
 
 def test_shards_of_the_vocabulary():

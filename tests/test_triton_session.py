@@ -13,6 +13,7 @@ from tests.triton_support import INTERPRETING, ROOT
 KERNEL_TESTS = [
     "test_triton_grid.py",
     "test_triton_rows.py",
+    "test_triton_statistics.py",
     "test_triton_segments.py",
     "test_triton_linear.py",
     "test_triton_fused.py",

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -80,3 +81,68 @@ def repair_bfloat16() -> None:
 
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+class Head(NamedTuple):
+    """A head transform as the launchers take it."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+def exact_logits(raw, bias, head):
+    """(M, V) products -> the logits of the softmax, in their dtype."""
+    y = head.scale * (raw if bias is None else raw + bias)
+    capped = y if head.softcap is None else head.softcap * torch.tanh(y / head.softcap)
+    return capped / head.temperature
+
+
+def exact_statistics(z, labels, col_offset=0):
+    """What `logits_stats` writes for logits, each statistic as its definition says, in the dtype of the logits."""
+    row_max = z.amax(1)
+    distance = z - row_max.masked_fill(row_max == -torch.inf, 0)[:, None]
+    exponential = distance.exp()
+    local = labels - col_offset
+    cols = torch.arange(z.shape[1], device=z.device)
+    is_before = (cols < local[:, None]) & (labels >= 0)[:, None]
+    is_label = (cols == local[:, None]) & (labels >= 0)[:, None]
+    return {
+        "row_max": row_max,
+        "row_sum": exponential.sum(1),
+        "label_logit": z.masked_fill(~is_label, 0).sum(1),
+        "logit_sum": z.sum(1),
+        # Where a logit is -inf the distance is, too, and 0 * -inf would be NaN.
+        "centred_sum": (exponential * distance.clamp(min=-1e4)).sum(1),
+        "square_sum": exponential.square().sum(1),
+        "max_before": z.masked_fill(~is_before, -torch.inf).amax(1),
+    }
+
+
+def derived(stats):
+    """What callers make of statistics: log-sum-exp, entropy, sum of p^2, and what is passed on as it is."""
+    log_sum = stats["row_sum"].log()
+    return {
+        "lse": stats["row_max"] + log_sum,
+        "entropy": log_sum - stats["centred_sum"] / stats["row_sum"],
+        "square": stats["square_sum"] / stats["row_sum"].square(),
+        "label_logit": stats["label_logit"],
+        "max_before": stats["max_before"],
+    }
+
+
+def assert_derived_match(got, exact, plain, name, floor=2e-6):
+    """Errors of at most twice what float32 PyTorch makes on the same rows; infinities and NaN where they belong.
+
+    A maximum may pass a NaN over: what comes of a row's sums says that there is one.
+    """
+    has_nan = derived(exact)["lse"].isnan()
+    for key, result in derived(got).items():
+        rows = ~has_nan if key in ("label_logit", "max_before") else has_nan | True
+        value, truth, reference = (x[rows].double() for x in (result, derived(exact)[key], derived(plain)[key]))
+        usual = truth.isfinite()
+        assert torch.equal(value[~usual].nan_to_num(nan=7.0), truth[~usual].nan_to_num(nan=7.0)), (name, key)
+        error, allowed = (value - truth)[usual].abs(), 2 * (reference - truth)[usual].abs()
+        worst = allowed.max() if allowed.numel() else 0.0
+        limit = worst + floor * truth[usual].abs().clamp(min=1)
+        assert (error <= limit).all(), f"{name}, {key}: {error.max():.2e} where {limit.min():.2e} is allowed"

@@ -102,6 +102,16 @@ LINEAR_CONFIGS: dict[tuple[str, int], LinearConfig] = {
     ("hip", 4): LinearConfig(64, 64, 16, 8, 8, 2),
 }
 
+# Where `linear_stats` also writes `centred_sum`, `square_sum` and `max_before`, and the tile above would spill.
+# None of these was measured yet either.
+MOMENTS_CONFIGS: dict[tuple[str, int], LinearConfig] = {
+    # 248 bytes of stack with 128 x 256 and every feature, none with that tile upright: as many bytes of operands a
+    # step, half as many columns per row of a thread.
+    ("sm90", 2): LinearConfig(256, 128, 64, 8, 8, 3, uses_descriptors=True),
+    # 360 to 1280 bytes with 128 x 256, 112 to 944 with 256 x 128. A third more of the operands is read from L2.
+    ("sm100", 2): LinearConfig(128, 128, 64, 16, 8, 4, uses_descriptors=True),
+}
+
 
 def target_family(backend: str, capability: int) -> str:
     """The row of `LINEAR_CONFIGS` for a target: `capability` is 10 * major + minor, ignored for "hip"."""
@@ -114,7 +124,9 @@ def target_family(backend: str, capability: int) -> str:
     return "sm100" if capability // 10 == 10 else "small"
 
 
-def linear_config(family: str, itemsize: int, *, can_use_descriptors: bool) -> LinearConfig:
+def linear_config(
+    family: str, itemsize: int, *, can_use_descriptors: bool, has_moments: bool = False
+) -> LinearConfig:
     """The configuration of the fused head product for a target family and an element size (2 or 4 bytes).
 
     Operands that descriptors cannot address take a smaller tile: pointers to unaligned rows need registers that the
@@ -123,12 +135,16 @@ def linear_config(family: str, itemsize: int, *, can_use_descriptors: bool) -> L
     config = LINEAR_CONFIGS.get((family, itemsize), LINEAR_CONFIGS["small", itemsize])
     if config.uses_descriptors and not can_use_descriptors:
         return LINEAR_CONFIGS["small", itemsize]
-    return config
+    return MOMENTS_CONFIGS.get((family, itemsize), config) if has_moments else config
 
 
 def narrowest_config(family: str, itemsize: int) -> LinearConfig:
     """Of the configurations that operands of this size may get, the one with the most tiles of the vocabulary."""
-    configs = (linear_config(family, itemsize, can_use_descriptors=can_use) for can_use in (False, True))
+    configs = (
+        linear_config(family, itemsize, can_use_descriptors=can_use, has_moments=has_moments)
+        for can_use in (False, True)
+        for has_moments in (False, True)
+    )
     return min(configs, key=lambda config: config.block_n)
 
 

@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN201 -- what Triton passes to a kernel has no Python type
 """Device functions shared by the kernels: the head transform, the online softmax and stable special functions.
 
-    y = scale * (raw + bias),   z = y  or  softcap * tanh(y / softcap)
-    dz/draw = scale * (1 - tanh(y / softcap)^2)
+    y = scale * (raw + bias),   z = y / temperature  or  softcap / temperature * tanh(y / softcap)
+    dz/draw = scale / temperature * (1 - tanh(y / softcap)^2)
     d(token loss)/dz_v = (1 - eps) * (p_v - [v = label]) + eps * (p_v - 1/V) + 2 * z_loss * lse * p_v
 
 Launched without fusion (`configs.LAUNCH`): were `raw * scale` fused with the subtraction of a maximum, it would not
@@ -23,6 +23,18 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEG_INF = tl.constexpr(float("-inf"))
+LEAST_LOG = tl.constexpr(-1000.0)
+"""exp is 0 here already. What multiplies an exponential stops at it: 0 * -inf would be NaN."""
+
+
+def head_factors(scale: float, softcap: float | None, temperature: float) -> tuple[float, float, float]:
+    """What kernels take of a head transform, (inner, outer, slope).
+
+    z = inner * raw without a soft cap; z = outer * tanh(inner * raw) and dz/draw = slope (1 - tanh^2) with one.
+    Formed in double and rounded once each, so that a temperature costs nothing beside a scale.
+    """
+    slope = scale / temperature
+    return (slope, 0.0, slope) if softcap is None else (scale / softcap, softcap / temperature, slope)
 
 
 @triton.jit
@@ -91,27 +103,27 @@ def softcap_tanh(x):
 
 
 @triton.jit
-def head_logit(raw, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of a raw product with its bias already added."""
+def head_logit(raw, inner, outer, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of a raw product with its bias already added; for the factors see `head_factors`."""
     z = raw
-    if HAS_SCALE:
-        z = raw * scale
     if HAS_SOFTCAP:
-        tanh, _ = softcap_tanh(z / softcap)
-        z = softcap * tanh
+        tanh, _ = softcap_tanh(raw * inner)
+        z = outer * tanh
+    elif HAS_SCALE:
+        z = raw * inner
     return z
 
 
 @triton.jit
-def head_logit_and_slope(raw, scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z of a raw product with its bias already added, and dz/draw divided by the scale."""
+def head_logit_and_slope(raw, inner, outer, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z of a raw product with its bias already added, and dz/draw divided by the slope of `head_factors`."""
     z = raw
     slope = 1.0
-    if HAS_SCALE:
-        z = raw * scale
     if HAS_SOFTCAP:
-        tanh, slope = softcap_tanh(z / softcap)
-        z = softcap * tanh
+        tanh, slope = softcap_tanh(raw * inner)
+        z = outer * tanh
+    elif HAS_SCALE:
+        z = raw * inner
     return z, slope
 
 
@@ -149,6 +161,25 @@ def merge_softmax(max_a, sum_a, max_b, sum_b):
     maximum = tl.maximum(max_a, max_b)
     shift = finite_shift(maximum)
     return maximum, sum_a * exp(max_a - shift) + sum_b * exp(max_b - shift)
+
+
+@triton.jit
+def exp_and_moments(distance):
+    """exp(d), exp(d) d and exp(d)^2 of the distance d <= 0 to a maximum; 0 at -inf."""
+    exponential = exp(distance)
+    return exponential, exponential * tl.maximum(distance, LEAST_LOG), exponential * exponential
+
+
+@triton.jit
+def shifted_moments(old_max, old_sum, centred, square, shift):
+    """(sum, centred sum, sum of squares) about `shift` instead of `old_max` <= shift.
+
+    All terms of the centred sum are <= 0: nothing cancels, however large the logits are.
+    """
+    distance = old_max - shift
+    share = exp(distance)
+    centred = share * tl.fma(old_sum, tl.maximum(distance, LEAST_LOG), centred)
+    return share * old_sum, centred, share * share * square
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 """Row kernels: softmax statistics and the residual of one row of logits at a time.
 
     row_max = max_v z_v,   row_sum = sum_v exp(z_v - row_max),   lse = row_max + log row_sum,   logp = z_label - lse
-    residual_v = d(token loss)/d(raw logit_v)      (softmax - onehot in the plain case)
+    residual_v = d(token loss)/d(raw logit_v)      (softmax - onehot in the plain case), from statistics also with
+    entropy_scale * d(entropy)/d(raw logit_v),   d(entropy)/dz_v = -p_v (log p_v + entropy)
 
 | tensor | shape | dtype | |
 |---|---|---|---|
@@ -10,7 +11,9 @@
 | out | [M, V], rows `out_stride` apart, may be logits | dtype of logits | written |
 | labels | [M] | i64 | read; negative = ignored row |
 | bias | [V] or None | dtype of logits | read |
-| row_max, row_sum, logp, loss, label_logit, logit_sum, row_scale | [M] | f32 | |
+| row_max, row_sum, logp, loss, label_logit, logit_sum | [M] | f32 | |
+| centred_sum, square_sum, max_before | [M], all or none | f32 | of `logits_stats`: see `row_visits` |
+| row_scale, entropy, entropy_scale | [M]; the last two both or none | f32 | read by `residual_from_stats` |
 
 Accumulation: float32. Bytes moved for M x V logits of b bytes: `softmax_residual` 2 b M V from memory while a row
 stays in L2 between its two visits (3 b M V otherwise; `configs.ROW_CONFIGS` has the arithmetic), `logits_stats`
@@ -29,7 +32,7 @@ import triton
 import triton.language as tl
 
 from .configs import CHECKED_LAUNCH, LAUNCH, STREAM_CONFIG, RowConfig
-from .numerics import finite_shift, merge_softmax
+from .numerics import finite_shift, head_factors, merge_softmax, shifted_moments
 from .row_visits import load_label_logit, row_statistics, row_terms, write_residual
 
 
@@ -46,8 +49,9 @@ def softmax_residual_kernel(
     logits_stride,
     out_stride,
     V,
-    scale,
-    softcap,
+    inner,
+    outer,
+    slope,
     label_smoothing,
     z_loss,
     HAS_BIAS: tl.constexpr,
@@ -79,22 +83,11 @@ def softmax_residual_kernel(
     else:
         tl.device_assert(label < V, "label is outside [0, vocabulary)")
         # Read before the first visit: its reductions are the barriers that keep this ahead of the in-place writes.
-        label_logit = load_label_logit(
-            row, bias, label, label < V, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
-        )
-        row_max, row_sum, logit_sum = row_statistics(
-            row,
-            bias,
-            V,
-            scale,
-            softcap,
-            HAS_BIAS,
-            HAS_SCALE,
-            HAS_SOFTCAP,
-            HAS_EXTRAS and HAS_LOSS,
-            BLOCK,
-            "evict_last",
-        )
+        label_logit = load_label_logit(row, bias, label, label < V, inner, outer, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        row_max, row_sum, logit_sum, _, _, _ = row_statistics(
+            row, bias, V, 0, inner, outer,
+            HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_EXTRAS and HAS_LOSS, False, BLOCK, "evict_last",
+        )  # fmt: skip
         logp = (label_logit - finite_shift(row_max)) - tl.log(row_sum)
         inv_vocab = 1.0 / V
         tl.store(row_max_out + m, row_max)
@@ -110,19 +103,21 @@ def softmax_residual_kernel(
                     loss += label_smoothing * (lse - logit_sum * inv_vocab)
             tl.store(loss_out + m, loss)
 
-        terms = row_terms(row_max, row_sum, logp, scale, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS)
+        terms = row_terms(
+            row_max, row_sum, logp, slope, 0.0, 0.0, label_smoothing, z_loss, inv_vocab, HAS_EXTRAS, False
+        )
         column = label.to(tl.int32)
         HAS_GAIN: tl.constexpr = HAS_SCALE or HAS_EXTRAS
         blocks = V // BLOCK
         if blocks * BLOCK < V:
             write_residual(
-                row, out_row, bias, blocks * BLOCK, V, column, terms, scale, softcap,
-                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, True, "evict_first",
+                row, out_row, bias, blocks * BLOCK, V, column, terms, inner, outer,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, False, BLOCK, True, "evict_first",
             )  # fmt: skip
         for i in range(0, blocks):
             write_residual(
-                row, out_row, bias, (blocks - 1 - i) * BLOCK, V, column, terms, scale, softcap,
-                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, False, "evict_first",
+                row, out_row, bias, (blocks - 1 - i) * BLOCK, V, column, terms, inner, outer,
+                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, False, BLOCK, False, "evict_first",
             )  # fmt: skip
 
 
@@ -135,15 +130,19 @@ def logits_stats_kernel(
     row_sum_out,  # [M]
     label_logit_out,  # [M]
     logit_sum_out,  # [M]
+    centred_sum_out,  # [M]
+    square_sum_out,  # [M]
+    max_before_out,  # [M]
     logits_stride,
     V,
     col_offset,
-    scale,
-    softcap,
+    inner,
+    outer,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LOGIT_SUM: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
     MERGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -153,13 +152,26 @@ def logits_stats_kernel(
     label = tl.load(labels + m)
     column = label - col_offset
     is_here = (label >= 0) & (column >= 0) & (column < V)
-    label_logit = load_label_logit(row, bias, column, is_here, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+    label_logit = load_label_logit(row, bias, column, is_here, inner, outer, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     label_logit = tl.where(is_here, label_logit, 0.0)
-    row_max, row_sum, logit_sum = row_statistics(
-        row, bias, V, scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_LOGIT_SUM, BLOCK, ""
-    )
+    # A negative label has no columns before it, whatever the offset.
+    before = tl.minimum(tl.maximum(column, 0), V).to(tl.int32)
+    row_max, row_sum, logit_sum, centred, square, max_before = row_statistics(
+        row, bias, V, before, inner, outer,
+        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_LOGIT_SUM, HAS_MOMENTS, BLOCK, "",
+    )  # fmt: skip
     if MERGE:
-        row_max, row_sum = merge_softmax(tl.load(row_max_out + m), tl.load(row_sum_out + m), row_max, row_sum)
+        old_max, old_sum = tl.load(row_max_out + m), tl.load(row_sum_out + m)
+        if HAS_MOMENTS:
+            shift = finite_shift(tl.maximum(old_max, row_max))
+            _, old_centred, old_square = shifted_moments(
+                old_max, old_sum, tl.load(centred_sum_out + m), tl.load(square_sum_out + m), shift
+            )
+            _, centred, square = shifted_moments(row_max, row_sum, centred, square, shift)
+            centred += old_centred
+            square += old_square
+            max_before = tl.maximum(tl.load(max_before_out + m), max_before)
+        row_max, row_sum = merge_softmax(old_max, old_sum, row_max, row_sum)
         label_logit += tl.load(label_logit_out + m)
         if HAS_LOGIT_SUM:
             logit_sum += tl.load(logit_sum_out + m)
@@ -168,6 +180,10 @@ def logits_stats_kernel(
     tl.store(label_logit_out + m, label_logit)
     if HAS_LOGIT_SUM:
         tl.store(logit_sum_out + m, logit_sum)
+    if HAS_MOMENTS:
+        tl.store(centred_sum_out + m, centred)
+        tl.store(square_sum_out + m, square)
+        tl.store(max_before_out + m, max_before)
 
 
 @triton.jit
@@ -180,13 +196,16 @@ def residual_from_stats_kernel(
     row_sum_in,  # [M]
     logp_in,  # [M]
     row_scale,  # [M]
+    entropy_in,  # [M]
+    entropy_scale,  # [M]
     logits_stride,
     out_stride,
     V,
     col_offset,
     vocab_size,
-    scale,
-    softcap,
+    inner,
+    outer,
+    slope,
     label_smoothing,
     z_loss,
     HAS_BIAS: tl.constexpr,
@@ -194,6 +213,7 @@ def residual_from_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_EXTRAS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per block of a row: the statistics are known, so blocks of a row need not meet."""
@@ -209,24 +229,32 @@ def residual_from_stats_kernel(
         tl.store(out_row + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
     else:
         tl.device_assert(label < vocab_size, "label is outside [0, vocabulary)")
-        factor = scale
+        factor = slope
         if HAS_ROW_SCALE:
             factor *= tl.load(row_scale + m)
+        entropy = 0.0
+        entropy_gain = 0.0
+        if HAS_ENTROPY:
+            entropy = tl.load(entropy_in + m)
+            entropy_gain = slope * tl.load(entropy_scale + m)
         # As softmax_residual forms them, so that both give the same bits.
         terms = row_terms(
             tl.load(row_max_in + m),
             tl.load(row_sum_in + m),
             tl.load(logp_in + m),
             factor,
+            entropy,
+            entropy_gain,
             label_smoothing,
             z_loss,
             1.0 / vocab_size,
             HAS_EXTRAS,
+            HAS_ENTROPY,
         )
         HAS_GAIN: tl.constexpr = HAS_SCALE or HAS_EXTRAS or HAS_ROW_SCALE
         write_residual(
-            row, out_row, bias, start, V, (label - col_offset).to(tl.int32), terms, scale, softcap,
-            HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, BLOCK, True, "",
+            row, out_row, bias, start, V, (label - col_offset).to(tl.int32), terms, inner, outer,
+            HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_GAIN, HAS_ENTROPY, BLOCK, True, "",
         )  # fmt: skip
 
 
@@ -242,36 +270,25 @@ def softmax_residual(
     *,
     scale: float,
     softcap: float | None,
+    temperature: float = 1.0,
     label_smoothing: float,
     z_loss: float,
     config: RowConfig,
 ) -> None:
     """Launch `softmax_residual_kernel`; M > 0."""
+    factors = head_factors(scale, softcap, temperature)
     softmax_residual_kernel[(logits.shape[0],)](
-        logits,
-        out,
-        labels,
-        bias,
-        row_max,
-        row_sum,
-        logp,
-        loss,
-        logits.stride(0),
-        out.stride(0),
-        logits.shape[1],
-        scale,
-        softcap or 0.0,
-        label_smoothing,
-        z_loss,
+        logits, out, labels, bias, row_max, row_sum, logp, loss,
+        logits.stride(0), out.stride(0), logits.shape[1], *factors, label_smoothing, z_loss,
         HAS_BIAS=bias is not None,
-        HAS_SCALE=scale != 1.0,
+        HAS_SCALE=factors[2] != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
         HAS_LOSS=loss is not None,
         BLOCK=config.block_for(logits.shape[1]),
         num_warps=config.num_warps,
         **CHECKED_LAUNCH,
-    )
+    )  # fmt: skip
 
 
 def logits_stats(
@@ -282,36 +299,32 @@ def logits_stats(
     row_sum: Any,  # [M]
     label_logit: Any,  # [M]
     logit_sum: Any,  # [M] or None
+    centred_sum: Any = None,  # [M] or None
+    square_sum: Any = None,  # [M] or None
+    max_before: Any = None,  # [M] or None
     *,
     scale: float,
     softcap: float | None,
+    temperature: float = 1.0,
     col_offset: int,
     merge: bool,
     config: RowConfig,
 ) -> None:
-    """Launch `logits_stats_kernel`; M > 0."""
+    """Launch `logits_stats_kernel`; M > 0. The last three tensors are all given or all None."""
+    factors = head_factors(scale, softcap, temperature)
     logits_stats_kernel[(logits.shape[0],)](
-        logits,
-        labels,
-        bias,
-        row_max,
-        row_sum,
-        label_logit,
-        logit_sum,
-        logits.stride(0),
-        logits.shape[1],
-        col_offset,
-        scale,
-        softcap or 0.0,
+        logits, labels, bias, row_max, row_sum, label_logit, logit_sum, centred_sum, square_sum, max_before,
+        logits.stride(0), logits.shape[1], col_offset, *factors[:2],
         HAS_BIAS=bias is not None,
-        HAS_SCALE=scale != 1.0,
+        HAS_SCALE=factors[2] != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_LOGIT_SUM=logit_sum is not None,
+        HAS_MOMENTS=centred_sum is not None,
         MERGE=merge,
         BLOCK=config.block_for(logits.shape[1]),
         num_warps=config.num_warps,
         **LAUNCH,
-    )
+    )  # fmt: skip
 
 
 def residual_from_stats(
@@ -323,42 +336,32 @@ def residual_from_stats(
     row_sum: Any,  # [M]
     logp: Any,  # [M]
     row_scale: Any,  # [M] or None
+    entropy: Any = None,  # [M] or None
+    entropy_scale: Any = None,  # [M] or None
     *,
     scale: float,
     softcap: float | None,
+    temperature: float = 1.0,
     label_smoothing: float,
     z_loss: float,
     col_offset: int,
     vocab_size: int,
     config: RowConfig = STREAM_CONFIG,
 ) -> None:
-    """Launch `residual_from_stats_kernel`; M > 0."""
+    """Launch `residual_from_stats_kernel`; M > 0. The entropy and its scale are both given or both None."""
     rows, cols = logits.shape
+    factors = head_factors(scale, softcap, temperature)
     block = config.block_for(cols)
     residual_from_stats_kernel[(rows * triton.cdiv(cols, block),)](
-        logits,
-        out,
-        labels,
-        bias,
-        row_max,
-        row_sum,
-        logp,
-        row_scale,
-        logits.stride(0),
-        out.stride(0),
-        cols,
-        col_offset,
-        vocab_size,
-        scale,
-        softcap or 0.0,
-        label_smoothing,
-        z_loss,
+        logits, out, labels, bias, row_max, row_sum, logp, row_scale, entropy, entropy_scale,
+        logits.stride(0), out.stride(0), cols, col_offset, vocab_size, *factors, label_smoothing, z_loss,
         HAS_BIAS=bias is not None,
-        HAS_SCALE=scale != 1.0,
+        HAS_SCALE=factors[2] != 1.0,
         HAS_SOFTCAP=softcap is not None,
         HAS_EXTRAS=label_smoothing != 0.0 or z_loss != 0.0,
         HAS_ROW_SCALE=row_scale is not None,
+        HAS_ENTROPY=entropy is not None,
         BLOCK=block,
         num_warps=config.num_warps,
         **CHECKED_LAUNCH,
-    )
+    )  # fmt: skip
