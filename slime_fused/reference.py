@@ -13,7 +13,7 @@ precision; otherwise every reduction runs in float32 (float64 for float64 inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slime_fused.engine.units import BatchCounts, Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses import Formula, Own, PolicyGradient, SlimeLossConfig
-from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput
+from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput, TokenStatistics
 
 
 def _logits(
@@ -90,19 +90,43 @@ def linear_logprobs(
     temperature: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
+    return_stats: Sequence[str] | None = None,
     **_ignored: Any,
-) -> Tensor:
+) -> Any:
     """See `slime_fused.linear_logprobs`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
     logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, temperature, logits_dtype, upcast)
     mask = labels != ignore_index
     index = labels.masked_fill(~mask, 0).long()
-    logps = torch.log_softmax(logits, dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    if logps.dtype != torch.float64:
-        logps = logps.float()
-    # torch.where, not a product: an ignored row may hold an infinite log-prob.
-    return torch.where(mask, logps, torch.zeros_like(logps))
+    log_softmax = torch.log_softmax(logits, dim=-1)
+
+    def of_labelled(values: Tensor) -> Tensor:
+        if values.dtype not in (torch.float64, torch.bool):
+            values = values.float()
+        # torch.where, not a product: an ignored row may hold an infinite log-prob.
+        return torch.where(mask, values, torch.zeros_like(values))
+
+    logps = of_labelled(log_softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+    if return_stats is None:
+        return logps
+    told = _statistics(logits, log_softmax, index)
+    return TokenStatistics(logps, None, **{name: of_labelled(told[name]) for name in return_stats})
+
+
+def _statistics(logits: Tensor, log_softmax: Tensor, index: Tensor) -> dict[str, Tensor]:
+    """What `slime_fused.TokenStatistics` holds, of all rows; only the entropy carries a gradient."""
+    probs = log_softmax.exp()
+    with torch.no_grad():
+        told = {
+            "mean_logit": logits.mean(-1),
+            "is_top1": logits.argmax(-1) == index,
+            "sum_sq_probs": probs.square().sum(-1),
+            "lse": logits.logsumexp(-1),
+        }
+    # p log p is 0 where p is.
+    terms = torch.where(probs == 0, 0, probs * log_softmax)
+    return {**told, "entropy": -terms.sum(-1)}
 
 
 def sequence_logprobs(

@@ -210,7 +210,7 @@ def make_problem(
         keeps_residual=kind.keeps_residual,
         mixes_entropy=kind.mixes_entropy,
         linear_stats_row_bytes=(
-            backend.linear_stats_row_bytes(weight)
+            backend.linear_stats_row_bytes(weight, with_moments=kind.wants_distribution)
             if isinstance(backend, LinearStatsBackend) and head.shard is None and context is None
             else 0
         ),
