@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import LogitsBlock, RowStats, TokenLoss
 from .native import _C, DTYPE_CODES, NativeBackend
 
 _DTYPE_CODES = {dtype: code for dtype, code in DTYPE_CODES.items() if dtype != torch.float64}
@@ -59,10 +60,7 @@ def _require_float32(values: Tensor) -> None:
 
 
 class CudaBackend(NativeBackend):
-    """Kernels for CUDA tensors; the methods are those of :class:`slime_fused.backends.base.Backend`.
-
-    ``softmax_residual`` also takes a ``plan``, a ``_C.cuda.RowPlan`` instead of the tuned one.
-    """
+    """Kernels for CUDA tensors; the methods are those of :class:`slime_fused.backends.base.Backend`."""
 
     name = "cuda"
     dtype_codes = _DTYPE_CODES
@@ -104,9 +102,14 @@ class CudaBackend(NativeBackend):
         with _on(device):
             getattr(_native(), kernel)(**arguments, device=device, stream=stream)
 
-    def _row_tuning(self, logits: Tensor) -> dict[str, Any]:
-        device, _ = _placed(logits)
-        return {"plan": _row_plan(logits.shape[1], logits.element_size(), device)}
+    def softmax_residual(
+        self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats, *, plan: Any = None
+    ) -> None:
+        """See :meth:`Backend.softmax_residual`. ``plan``: a ``_C.cuda.RowPlan`` instead of the tuned one."""
+        if plan is None:
+            device, _ = _placed(block.logits)
+            plan = _row_plan(block.logits.shape[1], block.logits.element_size(), device)
+        super().softmax_residual(block, out, token_loss, stats, plan=plan)
 
     def _sizes(self, segments: int, values: Tensor) -> dict[str, int]:
         _require_float32(values)

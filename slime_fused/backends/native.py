@@ -1,7 +1,7 @@
 """The backends over the native extension module: tensors become addresses for its kernels, nothing more.
 
 The kernels of ``csrc/cpu`` and ``csrc/cuda`` take the same arguments, which are checked and gathered here; what
-differs, where a launch goes and what sizes it is told, is `NativeBackend`'s four hooks.
+differs, where a launch goes and what sizes it is told, is `NativeBackend`'s three hooks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .base import (
     NO_FACTORS,
-    HeadTransform,
     LogitsBlock,
     Moments,
     RowFactors,
@@ -96,23 +95,20 @@ class NativeBackend:
         """As `_sizes`, for ``slime_terms``."""
         raise NotImplementedError
 
-    def _row_tuning(self, logits: Tensor) -> dict[str, Any]:
-        """What ``softmax_residual`` takes beyond its problem."""
-        return {}
-
     def softmax_residual(
-        self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats, **tuning: Any
+        self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats, *, plan: Any = None
     ) -> None:
-        """See :meth:`Backend.softmax_residual`."""
+        """See :meth:`Backend.softmax_residual`. ``plan``: of the launch, for kernels that take one."""
         logits, loss = block.logits, losses_of(stats)
         rows = logits.shape[0]
         arguments = {
             **self._block_arguments(block),
             **self._residual_arguments(block, out, token_loss, stats),
-            "loss": vector("loss", loss, rows, acc_dtype(logits.dtype)),
+            "loss": vector("loss", loss, rows, stats.row_max.dtype),
         }
+        if plan is not None:
+            arguments["plan"] = plan
         if rows:
-            arguments |= tuning or self._row_tuning(logits)
             touched = [logits, out, block.labels, block.bias, stats.row_max, stats.row_sum, stats.logp, loss]
             self._launch("softmax_residual", touched, arguments)
 
@@ -204,10 +200,10 @@ class NativeBackend:
 
     def _block_arguments(self, block: LogitsBlock) -> dict[str, Any]:
         """A block of logits, as all three row kernels take it."""
-        logits = block.logits
+        logits, transform = block.logits, block.transform
         stride = matrix("logits", logits)
         rows, cols = logits.shape
-        return {
+        arguments = {
             "logits": logits.data_ptr(),
             "rows": rows,
             "cols": cols,
@@ -215,8 +211,13 @@ class NativeBackend:
             "dtype": self.dtype_codes[logits.dtype],
             "labels": vector("labels", block.labels, rows, torch.int64),
             "bias": vector("bias", block.bias, cols, logits.dtype),
-            **_transform_arguments(block.transform),
+            "scale": transform.scale,
+            "softcap": transform.softcap or 0.0,
         }
+        # A module that was built without this argument, as without those below, still serves calls without it.
+        if transform.temperature != 1.0:
+            arguments["temperature"] = transform.temperature
+        return arguments
 
     def _residual_arguments(
         self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats
@@ -234,16 +235,6 @@ class NativeBackend:
             "row_sum": vector("row_sum", stats.row_sum, rows, acc),
             "logp": vector("logp", stats.logp, rows, acc),
         }
-
-
-# A module that was built without one of these arguments still serves the calls that leave it at its default.
-
-
-def _transform_arguments(transform: HeadTransform) -> dict[str, float]:
-    arguments = {"scale": transform.scale, "softcap": transform.softcap or 0.0}
-    if transform.temperature != 1.0:
-        arguments["temperature"] = transform.temperature
-    return arguments
 
 
 def _moment_arguments(moments: Moments, rows: int, acc: torch.dtype) -> dict[str, int]:

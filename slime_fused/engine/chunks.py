@@ -57,11 +57,6 @@ class Head:
         return self.grad_dtypes.waiting(self.weight.dtype)
 
     @property
-    def col_offset(self) -> int:
-        """Index in the vocabulary of the first row of ``weight``."""
-        return 0 if self.shard is None else self.shard.offset
-
-    @property
     def vocab_size(self) -> int:
         """Of the whole head."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab_size
@@ -69,7 +64,10 @@ class Head:
     def block(self, logits: Tensor, labels: Tensor, begin: int = 0) -> LogitsBlock:
         """The products (M, B) of M rows and the rows of ``weight`` that follow ``begin``; ``labels`` (M,)."""
         bias = None if self.bias is None else self.bias[begin : begin + logits.shape[1]]
-        return LogitsBlock(logits, labels, bias, self.transform, self.col_offset + begin, self.vocab_size)
+        if self.shard is None:
+            return LogitsBlock(logits, labels, bias, self.transform, begin, self.weight.shape[0])
+        offset = self.shard.offset + begin
+        return LogitsBlock(logits, labels, bias, self.transform, offset, self.shard.vocab_size)
 
 
 class RowSet:
