@@ -21,9 +21,9 @@ class AlphaPO(PairFormula):
 
         -(1 - eps) log sigma(x) - eps log sigma(-x),   x = r(m_w) - r(m_l) - gamma,   eps = label_smoothing
 
-    (arXiv 2501.03884, section 3; eps is 0 there.) ``gamma`` is a margin of rewards, as in `SimPO`. The paper tunes
-    ``alpha`` near 0.25, and ``beta`` and ``gamma`` with the model. TRL has it as its ``loss_type="simpo"`` with
-    ``alpha``. ``nll_weight`` and ``nll_reduction`` are those of `SimPO`.
+    (arXiv 2501.03884; eps is 0 there.) ``gamma`` is a margin of rewards, as in `SimPO`; the paper tunes all three
+    with the model. TRL has it as its ``loss_type="simpo"`` with ``alpha``. ``nll_weight`` and ``nll_reduction`` are
+    those of `SimPO`.
 
     ``-alpha m`` counts as what the exponential of the dtype holds at most (74 in float32: a mean log-prob of -297
     at alpha 0.25); beyond it the reward, and so the loss, is constant.

@@ -26,14 +26,14 @@ class DPO(PairFormula):
       ``-(1 - eps) log sigma(x) - eps log sigma(-x)``.
     * "robust": ``(-(1 - eps) log sigma(x) + eps log sigma(-x)) / (1 - 2 eps)`` (rDPO, arXiv 2403.00409), with
       ``label_smoothing`` eps < 1/2 the probability that a label is flipped.
-    * "hinge": ``max(0, 1 - x)`` (SLiC, arXiv 2309.06657, as TRL has it).
+    * "hinge": ``max(0, 1 - x)`` (SLiC's hinge on the log-ratio: RSO, arXiv 2309.06657).
     * "ipo": ``(d_w / |y_w| - d_l / |y_l| - 1 / (2 beta))^2`` (arXiv 2310.12036, eq. 17, whose authors use means
       over tokens; ``beta`` is their tau).
 
     ``length_normalised`` divides ``d_w`` and ``d_l`` by the responses' tokens (Tulu 3, arXiv 2411.15124); IPO
     always does.
 
-    ``dpop`` is DPO-Positive's lambda (arXiv 2402.13228; its authors take 50): ``max(0, -d_w)`` times it comes off
+    ``dpop`` is DPO-Positive's lambda (arXiv 2402.13228): ``max(0, -d_w)`` times it comes off
     the margin. For "sigmoid" alone.
 
     ``ld_alpha`` in [0, 1] is LD-DPO's alpha (arXiv 2409.06411): tokens past the length of the shorter response of a

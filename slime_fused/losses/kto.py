@@ -18,7 +18,7 @@ class KTO(Formula):
     """Kahneman-Tversky Optimization. Unit: a sequence. Needs the reference's log-probs and ``desirable`` (s,) bool.
 
     With ``d`` the summed log-prob of a response minus the reference's and the baseline ``z`` (arXiv 2402.01306,
-    eq. 7 and 8; TRL's ``loss_type="kto"``)::
+    section 4; TRL's ``loss_type="kto"``)::
 
         desirable     desirable_weight   * (1 - sigma(beta * (d - z)))
         undesirable   undesirable_weight * (1 - sigma(beta * (z - d)))
