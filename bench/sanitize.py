@@ -19,6 +19,7 @@ from slime_fused.backends.base import (
     Backend,
     HeadTransform,
     LogitsBlock,
+    Moments,
     RowFactors,
     RowStats,
     SlimePairs,
@@ -76,16 +77,25 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     _require_close("softmax_residual logp", stats.logp, truth_logp, 1e-4)
     _require_close("softmax_residual", out, truth, unit + 1e-5)
 
-    row_max, row_sum, label_logit, logit_sum = torch.zeros(4, _ROWS, dtype=acc, device=device).unbind()
     split = columns // 2
-    for begin, end in ((0, split), (split, columns)):
-        if begin == end:
-            continue
-        part = LogitsBlock(logits[:, begin:end], labels, None, head, begin, columns)
-        backend.logits_stats(part, VocabStats(row_max, row_sum, label_logit, logit_sum), merge=begin > 0)
-    _require_close("logits_stats lse", row_max + row_sum.log(), truth_lse, 1e-4)
-    _require_close("logits_stats sum", logit_sum, logits.double().sum(1), 1e-2)
+    known = torch.zeros(7, _ROWS, dtype=acc, device=device).unbind()
+    moments = Moments(*known[4:])
+    for vocab_stats in (VocabStats(*known[:4]), VocabStats(*known[:4], moments)):
+        for begin, end in ((0, split), (split, columns)):
+            if begin == end:
+                continue
+            part = LogitsBlock(logits[:, begin:end], labels, None, head, begin, columns)
+            backend.logits_stats(part, vocab_stats, merge=begin > 0)
+        _require_close("logits_stats lse", known[0] + known[1].log(), truth_lse, 1e-4)
+        _require_close("logits_stats sum", known[3], logits.double().sum(1), 1e-2)
+    log_p = torch.log_softmax(logits.double(), 1)
+    truth_entropy = -(log_p.exp() * log_p).sum(1)
+    entropy = known[1].log() - moments.centred_sum / known[1]
+    _require_close("logits_stats entropy", entropy, truth_entropy, 1e-4)
     scale = torch.linspace(-1, 1, _ROWS, dtype=acc, device=device)
+    slant = truth - keep[:, None] * log_p.exp() * (log_p + truth_entropy[:, None])
+    backend.residual_from_stats(block, out, plain, stats, RowFactors(scale, entropy, scale))
+    _require_close("residual_from_stats, entropy", out, slant * scale.double()[:, None], 4 * unit + 1e-4)
     backend.residual_from_stats(block, logits, plain, stats, RowFactors(scale))
     _require_close("residual_from_stats", logits, truth * scale.double()[:, None], unit + 1e-5)
 

@@ -4,10 +4,10 @@ The bindings are called as they are, with addresses, in the emulator of ``tests/
 this file again with the kernels instrumented. The truth is PyTorch in float64.
 
 Why these problems suffice: one and two columns (no vector), 37 and 1003 with rows off alignment, 20,003 (several
-visits of a thread, several blocks of the residual); every head that turns, levels, caps or stretches the logits, to a
-temperature of 0.01 and 100, and logits near 5e4, where sums that are not centred cancel. Every problem has labels in
-the first and the last column, ties at the maximum and an ignored row; where the head leaves -inf as it is, one row
-has it in part and one throughout.
+visits of a thread, several blocks of the residual); every head that turns, levels, caps or stretches the logits, to
+a temperature of 0.01 and 100, and logits near 5e4, where sums that are not centred cancel. Every problem has labels
+in the first and the last column, ties at the maximum and an ignored row; where the head leaves -inf as it is, one
+row has it in part and one throughout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The row kernel's machine code for Hopper does not grow: instructions per element, fences, widths of its stores.
+"""The row kernels' machine code for Hopper does not grow: instructions per element, fences, widths of stores.
 
 ``softmax_residual`` moves 4 bytes per 16-bit element. At 3 TB/s an H100 has about 40 issue slots for that long, in
 which the instructions of both visits must fit with room to spare. No GPU is needed: nvcc compiles, nvdisasm lists.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -39,17 +40,26 @@ class Cost:
         return cluster * block / cols
 
 
-@pytest.fixture(scope="module")
-def row_kernels(tmp_path_factory) -> dict[str, sass.Kernel]:
+def compiled(source: str, folder: Path) -> dict[str, sass.Kernel]:
     compiler = nvcc()
     if compiler is None:
         pytest.skip("nvcc is not on PATH and not under CUDA_HOME: the CUDA kernels cannot be compiled here")
     if sass.nvdisasm() is None:
         pytest.skip("nvdisasm is not on PATH, not under CUDA_HOME and not in an installed Triton")
-    cubin = tmp_path_factory.mktemp("sass") / "rows.cubin"
-    command = [compiler, "-std=c++20", "-O3", "-cubin", "-arch=sm_90", str(SOURCES / "softmax_residual.cu")]
+    cubin = folder / f"{source}.cubin"
+    command = [compiler, "-std=c++20", "-O3", "-cubin", "-arch=sm_90", str(SOURCES / source)]
     subprocess.run([*command, "-o", str(cubin)], check=True, capture_output=True)
     return sass.kernels(cubin)
+
+
+@pytest.fixture(scope="module")
+def row_kernels(tmp_path_factory) -> dict[str, sass.Kernel]:
+    return compiled("softmax_residual.cu", tmp_path_factory.mktemp("sass"))
+
+
+@pytest.fixture(scope="module")
+def stats_kernels(tmp_path_factory) -> dict[str, sass.Kernel]:
+    return compiled("logits_stats.cu", tmp_path_factory.mktemp("sass"))
 
 
 def main_kernel(kernels: dict[str, sass.Kernel], dtype: str, residual: str = "") -> sass.Kernel:
@@ -133,6 +143,42 @@ def test_no_row_kernel_fences(row_kernels):
     """Of all dtypes, heads and stages: a fence waits for every load and store that a thread has under way."""
     fences = {name: [line for line in kernel.code if "MEMBAR" in line] for name, kernel in row_kernels.items()}
     assert sum("softmax_residual_kernel" in name for name in fences) == 12 + 6  # 6: float32 logits, 16-bit residual
+    assert not any(fences.values()), fences
+
+
+def instructions_of_two_vectors(kernels: dict[str, sass.Kernel], name: str, dtype: str, *, stores: bool) -> int:
+    """The shortest way round a loop with an exponential for each of 2 * VECTOR elements, any head, no bias."""
+    (kernel,) = [k for mangled, k in kernels.items() if f"{name}I{dtype}LNS0_8HeadModeE3E" in mangled]
+    ways = [way for n in range(len(kernel.blocks)) if (way := kernel.loop(n)) is not None]
+
+    def count(way: sass.Way, opcode: str) -> int:
+        return sum(kernel.blocks[n].count(opcode) for n in way.blocks)
+
+    return min(
+        way.instructions
+        for way in ways
+        if count(way, "MUFU.EX2") >= 2 * VECTOR and (count(way, "STG") == 2 if stores else not count(way, "STG"))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["13__nv_bfloat16", "6__half"])
+def test_instructions_of_moments_and_entropy(stats_kernels, dtype):
+    """CUDA 13.0: 235 (bfloat16) for two vectors of a lane with all statistics, 289 for the residual with entropy.
+
+    An H100 at 3 TB/s has 20 issue slots for an element that is read, 40 for one that is read and written: 320 and
+    640 for two vectors.
+    """
+    moments = instructions_of_two_vectors(stats_kernels, "logits_stats_kernel", dtype, stores=False)
+    entropy = instructions_of_two_vectors(stats_kernels, "residual_from_stats_kernel", dtype, stores=True)
+    assert moments <= 245
+    assert entropy <= 302
+
+
+def test_no_statistics_kernel_fences(stats_kernels):
+    """Of moments and entropy there is one kernel a dtype, whatever the head."""
+    fences = {name: [line for line in kernel.code if "MEMBAR" in line] for name, kernel in stats_kernels.items()}
+    assert sum("logits_stats_kernel" in name for name in fences) == 12 + 3
+    assert sum("residual_from_stats_kernel" in name for name in fences) == 15 + 5
     assert not any(fences.values()), fences
 
 

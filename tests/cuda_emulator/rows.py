@@ -48,8 +48,8 @@ CASES = (
     Case("hot", temperature=100.0, has_bias=True),
     Case("cold_softcap", softcap=5.0, temperature=0.01),
     Case("hot_softcap", softcap=5.0, temperature=100.0, scale=-1.0),
-    Case("near_5e4", vocab=1003, centre=5e4),
-    Case("near_5e4_cold_softcap", vocab=1003, centre=2.0, softcap=500.0, temperature=0.01),
+    Case("near_5e4", vocab=203, centre=5e4),
+    Case("near_5e4_cold_softcap", vocab=203, centre=2.0, softcap=500.0, temperature=0.01),
 )
 
 
