@@ -12,7 +12,6 @@ import torch
 
 from tests.triton_support import (
     DEVICE,
-    Head,
     assert_derived_match,
     exact_logits,
     exact_statistics,
@@ -24,12 +23,13 @@ skip_unless_kernels_run()
 from slime_fused.triton_kernels import linear_stats as kernels  # noqa: E402
 from slime_fused.triton_kernels.configs import LinearConfig  # noqa: E402
 
-from slime_fused.backends.base import HeadTransform, LinearBlock, LogitsBlock, VocabStats  # noqa: E402
+from slime_fused.backends.base import HeadTransform, LinearBlock, LogitsBlock, Moments, VocabStats  # noqa: E402
 from slime_fused.backends.torch import TorchBackend  # noqa: E402
 from slime_fused.backends.triton import TritonBackend  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
+STATISTICS = ("row_max", "row_sum", "label_logit", "logit_sum", "centred_sum", "square_sum", "max_before")
 TILE = LinearConfig(16, 32, 16, group_m=2, num_warps=4, num_stages=2)
 
 
@@ -124,8 +124,7 @@ def test_the_sum_of_logits_changes_nothing_else():
 
 def run_moments(hidden, weight, labels, bias, head, config=TILE, col_offset=0):
     """Every statistic, in a scratch that begins as NaN."""
-    names = ("row_max", "row_sum", "label_logit", "logit_sum", "centred_sum", "square_sum", "max_before")
-    out = {name: torch.full((hidden.shape[0],), 7.0, device=DEVICE) for name in names}
+    out = {name: torch.full((hidden.shape[0],), 7.0, device=DEVICE) for name in STATISTICS}
     shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
     partials = torch.full((6, *shape), torch.nan, device=DEVICE)
     kernels.linear_stats(
@@ -135,7 +134,7 @@ def run_moments(hidden, weight, labels, bias, head, config=TILE, col_offset=0):
         bias,
         **out,
         partials=partials,
-        **head._asdict(),
+        **vars(head),
         col_offset=col_offset,
         config=config,
     )
@@ -158,11 +157,11 @@ def expected_moments(hidden, weight, labels, bias, head, col_offset=0):
 @pytest.mark.parametrize(
     ("head", "has_bias"),
     [
-        (Head(), False),
-        (Head(temperature=0.01), True),
-        (Head(scale=-0.7, temperature=100.0), True),
-        (Head(scale=0.0, temperature=2.0), True),
-        (Head(scale=2.0, softcap=3.0, temperature=0.25), True),
+        (HeadTransform(), False),
+        (HeadTransform(temperature=0.01), True),
+        (HeadTransform(scale=-0.7, temperature=100.0), True),
+        (HeadTransform(scale=0.0, temperature=2.0), True),
+        (HeadTransform(scale=2.0, softcap=3.0, temperature=0.25), True),
     ],
 )
 def test_moments_and_temperature(dtype, uses_descriptors, head, has_bias):
@@ -175,13 +174,13 @@ def test_moments_and_temperature(dtype, uses_descriptors, head, has_bias):
     exact, plain = expected_moments(hidden, weight, labels, bias, head)
     floor = 2e-6 + (1e-5 / head.temperature if dtype == torch.float32 else 0.0)  # the order of the product's sums
     assert_derived_match(got, exact, plain, "moments", floor)
-    if head == Head():
+    if head == HeadTransform():
         fewer = run_tile(hidden, weight, labels, bias, HeadTransform(), config)
-        for name, values in zip(("row_max", "row_sum", "label_logit", "logit_sum"), fewer, strict=True):
+        for name, values in zip(STATISTICS[:4], fewer, strict=True):
             torch.testing.assert_close(got[name], values, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("head", [Head(), Head(0.3, 5.0, 0.7)])
+@pytest.mark.parametrize("head", [HeadTransform(), HeadTransform(0.3, 5.0, 0.7)])
 def test_the_label_at_the_maximum_has_the_bits_of_the_maximum(head):
     """And its equal before it is seen as such, in the same tile and in another."""
     hidden, weight, _, bias = make_problem(41, 75, 40, torch.bfloat16, has_bias=True)
@@ -206,30 +205,38 @@ def test_the_label_at_the_maximum_has_the_bits_of_the_maximum(head):
 
 def test_moments_of_nothing_but_minus_infinity():
     hidden, weight, labels, bias = make_problem(5, 75, 24, torch.bfloat16, has_bias=True)
-    got = run_moments(hidden, weight, labels, torch.full_like(bias, -torch.inf), Head())
+    got = run_moments(hidden, weight, labels, torch.full_like(bias, -torch.inf), HeadTransform())
     assert (got["row_max"] == -torch.inf).all()
     assert all((got[name] == 0).all() for name in ("row_sum", "centred_sum", "square_sum"))
 
 
 @pytest.mark.parametrize("family", ["sm90", "sm100"])
-def test_moments_take_tiles_of_their_own(family):
-    """What ships for an H100 and a B200, in two shards of the vocabulary."""
+def test_moments_take_tiles_of_their_own(family, monkeypatch):
+    """What ships for an H100 and a B200, through the backend."""
+    monkeypatch.setattr("slime_fused.backends.triton._target_family", lambda device: family)
+    configs, shape_of = [], kernels.partial_shape
+    monkeypatch.setattr(kernels, "partial_shape", lambda *args: configs.append(args[2]) or shape_of(*args))
     hidden, weight, labels, _ = make_problem(20, 150, 24, torch.bfloat16, has_bias=False)
-    config = kernels.choose_config(family, hidden, weight, has_moments=True)
-    assert config != kernels.choose_config(family, hidden, weight)
-    for begin, end in ((0, 131), (131, 150)):
-        problem = (hidden, weight[begin:end], labels, None, Head())
-        got = run_moments(*problem, config, begin)
-        exact, plain = expected_moments(*problem, begin)
-        assert_derived_match(got, exact, plain, begin)
+    out = torch.empty(7, 20, device=DEVICE).unbind()
+    head = HeadTransform(temperature=2.0)
+    TritonBackend().linear_stats(
+        LinearBlock(hidden, weight, labels, None, head), VocabStats(*out[:4], Moments(*out[4:]))
+    )
+    exact, plain = expected_moments(hidden, weight, labels, None, head)
+    assert_derived_match(dict(zip(STATISTICS, out, strict=True)), exact, plain, family)
+    assert configs == [kernels.choose_config(family, hidden, weight, has_moments=True)]
+    assert configs != [kernels.choose_config(family, hidden, weight)]
 
 
 def test_shards_of_the_vocabulary():
-    """Each shard's own statistics; a label of another shard counts 0 there."""
+    """Each shard's own statistics; a label of another shard counts 0 there, and all columns or none precede it."""
     hidden, weight, labels, _ = make_problem(20, 90, 32, torch.float32, has_bias=False)
     for begin, end in ((0, 40), (40, 90)):
         actual = run_tile(hidden, weight[begin:end], labels, None, HeadTransform(), TILE, col_offset=begin)
         assert_stats_match(actual, exact_stats(hidden, weight[begin:end], labels, None, HeadTransform(), begin), 32)
+        problem = (hidden, weight[begin:end], labels, None, HeadTransform())
+        moments = run_moments(*problem, col_offset=begin)
+        assert_derived_match(moments, *expected_moments(*problem, begin), begin, floor=1e-5)
 
 
 def test_the_same_inputs_give_the_same_bits():
@@ -268,13 +275,16 @@ def test_products_for_float32_logits_are_not_rounded(dtype):
 
 
 @pytest.mark.parametrize("cols", [1, 64, 300])
-@pytest.mark.parametrize("family", ["small", "sm80", "sm90", "hip"])
+@pytest.mark.parametrize("family", ["small", "sm80", "sm90", "sm100", "hip"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scratch_is_at_most_what_is_declared(dtype, family, cols, monkeypatch):
-    """For aligned rows, which may take another tile, and for others."""
+    """For aligned rows, which may take another tile, and for others; moments are three more, and may, too."""
     monkeypatch.setattr("slime_fused.backends.triton._target_family", lambda device: family)
     for depth in (32, 21):
         hidden, weight, *_ = make_problem(7, cols, depth, dtype, has_bias=False)
-        tiles, rows = kernels.partial_shape(7, cols, kernels.choose_config(family, hidden, weight))
-        assert 3 * 4 * tiles * rows <= 7 * TritonBackend().linear_stats_row_bytes(weight)
+        for has_moments, count in ((False, 3), (True, 6)):
+            config = kernels.choose_config(family, hidden, weight, has_moments=has_moments)
+            tiles, rows = kernels.partial_shape(7, cols, config)
+            declared = TritonBackend().linear_stats_row_bytes(weight, with_moments=has_moments)
+            assert 4 * count * tiles * rows <= 7 * declared
         assert TritonBackend().linear_stats_row_bytes(weight.T.contiguous().T) == 0 or cols == 1

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -81,14 +80,6 @@ def repair_bfloat16() -> None:
 
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-class Head(NamedTuple):
-    """A head transform as the launchers take it."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
 
 
 def exact_logits(raw, bias, head):

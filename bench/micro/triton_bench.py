@@ -134,7 +134,7 @@ class LinearBench:
             backend.linear_stats(block, VocabStats(row_max, row_sum, label_logit))
 
         def chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
-            return choose if config is None else lambda *arguments: config
+            return choose if config is None else lambda *arguments, **options: config
 
         try:
             with replaced(linear_stats, "choose_config", chosen):

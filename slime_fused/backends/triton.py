@@ -20,7 +20,6 @@ from torch import Tensor
 
 from slime_fused.backends.base import (
     NO_FACTORS,
-    HeadTransform,
     LinearBlock,
     LogitsBlock,
     RowFactors,
@@ -73,22 +72,8 @@ def _check_labels_on_cpu(labels: Tensor, vocab_size: int) -> None:
     raise ValueError(f"labels: expected values below {vocab_size}, got {int(labels[position])} at row {position}")
 
 
-# A launcher without one of these arguments still serves the calls that leave it at its default.
-
-
-def _transform_arguments(transform: HeadTransform) -> dict[str, float | None]:
-    arguments = {"scale": transform.scale, "softcap": transform.softcap}
-    return arguments if transform.temperature == 1.0 else {**arguments, "temperature": transform.temperature}
-
-
 def _moment_arguments(stats: VocabStats) -> dict[str, Tensor]:
     return {} if stats.moments is None else vars(stats.moments)
-
-
-def _entropy_arguments(factors: RowFactors) -> dict[str, Tensor | None]:
-    if factors.entropy is None:
-        return {}
-    return {"entropy": factors.entropy, "entropy_scale": factors.entropy_scale}
 
 
 class TritonBackend:
@@ -131,7 +116,7 @@ class TritonBackend:
                 stats.row_sum,
                 stats.logp,
                 losses_of(stats),
-                **_transform_arguments(block.transform),
+                **vars(block.transform),
                 **vars(token_loss),
                 config=_row_config(logits),
             )
@@ -151,7 +136,7 @@ class TritonBackend:
                 stats.label_logit,
                 stats.logit_sum,
                 **_moment_arguments(stats),
-                **_transform_arguments(block.transform),
+                **vars(block.transform),
                 col_offset=block.col_offset,
                 merge=merge,
                 config=_row_config(logits),
@@ -180,8 +165,9 @@ class TritonBackend:
                 stats.row_sum,
                 stats.logp,
                 factors.scale,
-                **_entropy_arguments(factors),
-                **_transform_arguments(block.transform),
+                factors.entropy,
+                factors.entropy_scale,
+                **vars(block.transform),
                 **vars(token_loss),
                 col_offset=block.col_offset,
                 vocab_size=block.whole_vocab_size,
@@ -226,8 +212,9 @@ class TritonBackend:
         if hidden.shape[0] == 0:
             return
         kernels = _kernels("linear_stats")
-        config = kernels.choose_config(_target_family(hidden.device), hidden, weight)
-        count = 2 + (stats.logit_sum is not None) + (0 if stats.moments is None else 3)
+        has_moments = stats.moments is not None
+        config = kernels.choose_config(_target_family(hidden.device), hidden, weight, has_moments=has_moments)
+        count = 2 + (stats.logit_sum is not None) + 3 * has_moments
         shape = kernels.partial_shape(hidden.shape[0], weight.shape[0], config)
         partials = torch.empty((count, *shape), dtype=torch.float32, device=hidden.device)
         with _on_device_of(hidden):
@@ -242,7 +229,7 @@ class TritonBackend:
                 stats.logit_sum,
                 partials,
                 **_moment_arguments(stats),
-                **_transform_arguments(block.transform),
+                **vars(block.transform),
                 col_offset=0,
                 config=config,
                 rounds_product=block.logits_dtype in (None, hidden.dtype),
