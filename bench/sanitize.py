@@ -80,7 +80,9 @@ def check_rows(backend: Backend, device: torch.device, columns: int, dtype: torc
     split = columns // 2
     known = torch.zeros(7, _ROWS, dtype=acc, device=device).unbind()
     moments = Moments(*known[4:])
-    for vocab_stats in (VocabStats(*known[:4]), VocabStats(*known[:4], moments)):
+    row_max, row_sum, label_logit, logit_sum = known[:4]
+    for wanted in (None, moments):
+        vocab_stats = VocabStats(row_max, row_sum, label_logit, logit_sum, wanted)
         for begin, end in ((0, split), (split, columns)):
             if begin == end:
                 continue

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +21,6 @@ from slime_fused.backends.base import (
     Backend,
     HeadTransform,
     LogitsBlock,
-    Moments,
     RowFactors,
     RowStats,
     TokenStats,
@@ -32,31 +30,6 @@ from slime_fused.backends.base import (
 from tests.row_cases import DTYPES, NLL, PLAIN_HEAD, RowCase, TokenLoss, row_cases
 
 __all__ = ["DTYPES", "NLL", "PLAIN_HEAD", "RowCase", "TokenLoss", "row_cases"]
-
-
-def xfail_unless_taken(
-    backend: Backend,
-    device: torch.device,
-    head: HeadTransform = PLAIN_HEAD,
-    *,
-    moments: bool = False,
-    entropy: bool = False,
-) -> None:
-    """End a test, as one that is expected to fail, of arguments that the kernels of ``backend`` do not have."""
-    if head.temperature == 1.0 and not moments and not entropy:
-        return
-    rows = torch.zeros(8, 1, device=device).unbind()
-    block = LogitsBlock(
-        torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device), None, head
-    )
-    try:
-        if entropy:
-            factors = RowFactors(None, rows[3], rows[4])
-            backend.residual_from_stats(block, torch.zeros_like(block.logits), NLL, RowStats(*rows[:3]), factors)
-        else:
-            backend.logits_stats(block, VocabStats(*rows[:4], Moments(*rows[4:7]) if moments else None))
-    except TypeError as error:
-        pytest.xfail(f"{backend.name}: {str(error).splitlines()[0]}")
 
 
 def expected_logits(raw: Tensor, bias: Tensor | None, head: HeadTransform) -> Tensor:
@@ -184,7 +157,6 @@ def assert_as_exact(
 
 def check_softmax_residual(backend: Backend, case: RowCase, device: torch.device) -> None:
     """In place and out of place give the same bits, the truth's numbers, and leave the padding alone."""
-    xfail_unless_taken(backend, device, case.head)
     data = RowData(case, device)
     stats = data.token_stats()
     out = torch.full_like(data.raw, torch.nan)
@@ -206,7 +178,6 @@ def check_softmax_residual(backend: Backend, case: RowCase, device: torch.device
 
 def check_stats_then_residual(backend: Backend, case: RowCase, device: torch.device, shards: int) -> None:
     """Statistics merged over ``shards`` blocks of columns, then the residual of each block from them."""
-    xfail_unless_taken(backend, device, case.head)
     data = RowData(case, device)
     stats = VocabStats(*data.empty_rows(4))
     for cols in data.blocks(shards):

@@ -30,7 +30,7 @@ from slime_fused.backends.base import (
     VocabStats,
     acc_dtype,
 )
-from tests.backend_grid import RowData, assert_as_exact, expected_logits, expected_rows, xfail_unless_taken
+from tests.backend_grid import RowData, assert_as_exact, expected_logits, expected_rows
 from tests.row_cases import DTYPES, NLL, PLAIN_HEAD, RowCase, row_cases
 
 _NAMES = (
@@ -90,7 +90,6 @@ def is_top1(stats: VocabStats, moments: Moments) -> Tensor:
 
 def check_moments(backend: Backend, case: RowCase, device: torch.device, shards: int) -> None:
     """Entropy, sum p^2, the largest logit before the label and the label's rank, merged over blocks of columns."""
-    xfail_unless_taken(backend, device, case.head, moments=True)
     data = RowData(case, device)
     z = _logits(data, torch.float64)
     likeliest = (z == z.amax(1, keepdim=True)).int().argmax(1).to(device)
@@ -124,7 +123,6 @@ def check_moments(backend: Backend, case: RowCase, device: torch.device, shards:
 
 def check_entropy_residual(backend: Backend, case: RowCase, device: torch.device, shards: int) -> None:
     """The residual of ``row_scale * token loss + entropy_scale * entropy``, in place, block by block."""
-    xfail_unless_taken(backend, device, case.head, entropy=True)
     for has_scale in (False, True):
         data = RowData(case, device)
         wide, acc = torch.float64, acc_dtype(case.dtype)
@@ -147,7 +145,6 @@ def check_entropy_residual(backend: Backend, case: RowCase, device: torch.device
 
 def check_extreme_moments(backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
     """Masked vocabulary, one survivor, equal maxima at 6e4, certainty, NaN, and nothing but -inf."""
-    xfail_unless_taken(backend, device, moments=True, entropy=True)
     big = 6e4
     raw = torch.tensor(
         [
@@ -206,7 +203,6 @@ def check_label_rank(backend: Backend, dtype: torch.dtype, device: torch.device)
     raw[:, list(maxima)] = 4.3
     raw, bias = raw.to(dtype).to(device), torch.full((vocab,), 0.1, device=device).to(dtype)
     for head in (PLAIN_HEAD, HeadTransform(0.3, 7.0, 3.0), HeadTransform(1.7, None, 0.7)):
-        xfail_unless_taken(backend, device, head, moments=True)
         for bounds in ((0, vocab), (0, 3, 400, vocab), (0, 4, vocab), (0, 501, 1002, vocab)):
             stats = empty_stats(len(labels), dtype, device)
             moments = stats.moments

@@ -160,7 +160,7 @@ def test_several_launches_for_the_statistics(backend):
     assert plan.kind == "fused"
     problem = replace(plan.problem, linear_stats_row_bytes=plan.problem.row_bytes // 7)
     assert problem.has_linear_stats
-    backend.linear_stats_row_bytes = lambda weight: problem.linear_stats_row_bytes
+    backend.linear_stats_row_bytes = lambda weight, **_: problem.linear_stats_row_bytes
     plan = batch.call(sf.explain_plan, backend=backend.name, workspace=workspace)
     assert len(plan.chunks) == -(-180 // 7)
     assert_as_exact_as_plain(

@@ -203,7 +203,7 @@ class NativeBackend:
         logits, transform = block.logits, block.transform
         stride = matrix("logits", logits)
         rows, cols = logits.shape
-        arguments = {
+        return {
             "logits": logits.data_ptr(),
             "rows": rows,
             "cols": cols,
@@ -213,11 +213,8 @@ class NativeBackend:
             "bias": vector("bias", block.bias, cols, logits.dtype),
             "scale": transform.scale,
             "softcap": transform.softcap or 0.0,
+            "temperature": transform.temperature,
         }
-        # A module that was built without this argument, as without those below, still serves calls without it.
-        if transform.temperature != 1.0:
-            arguments["temperature"] = transform.temperature
-        return arguments
 
     def _residual_arguments(
         self, block: LogitsBlock, out: Tensor, token_loss: TokenLoss, stats: RowStats
