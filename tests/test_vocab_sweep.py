@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from slime_fused.backends import get_backend
-from slime_fused.backends.base import HeadTransform, RowStats, TokenLoss, acc_dtype
+from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
 from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import GradientDtypes
+from slime_fused.engine.stats import RowResults
 from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 ROWS, DEPTH, VOCAB = 23, 16, 75
@@ -52,7 +53,8 @@ def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backe
     dtypes = GradientDtypes(hidden.dtype, weight.dtype, acc)
     bias = bias if has_bias else None
     call = Head(hidden, weight, bias, head, token_loss, kernels, dtypes, logits_dtype=hidden.dtype)
-    known, blocks = RowStats(*stats.to(acc), logp.to(acc)), VocabBlocks(block_cols, **{**EVERYTHING, **wanted})
+    known = RowResults(*stats.to(acc), logp.to(acc), loss=-logp.to(acc))
+    blocks = VocabBlocks(block_cols, **{**EVERYTHING, **wanted})
     gradients = vocab_sweep_backward(call, labels, known, coefficient, blocks)
     gradients = gradients.times(None, dtypes, kernels, keeps=False)
     return gradients.hidden, gradients.weight, gradients.bias
