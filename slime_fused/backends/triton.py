@@ -39,6 +39,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+@cache
+def _is_installed() -> bool:
+    """Looked up once: each search goes through every folder that Python imports from."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _kernels(module: str) -> ModuleType:
     return importlib.import_module(f"slime_fused.triton_kernels.{module}")
 
@@ -83,7 +89,7 @@ class TritonBackend:
 
     def available(self) -> tuple[bool, str]:
         """Whether Triton is installed and a GPU (or the interpreter) can run its kernels."""
-        if importlib.util.find_spec("triton") is None:
+        if not _is_installed():
             return False, "Triton is not installed: pip install 'slime-fused[triton]'"
         if interpreting():
             return True, "Triton interpreter (TRITON_INTERPRET is set): CPU tensors, for tests only"
