@@ -53,11 +53,7 @@ def sweep(problem, head, token_loss, stats, logp, *, has_bias, block_cols, backe
     dtypes = GradientDtypes(hidden.dtype, weight.dtype, acc)
     bias = bias if has_bias else None
     call = Head(hidden, weight, bias, head, token_loss, kernels, dtypes, logits_dtype=hidden.dtype)
-<<<<<<< HEAD
     known = RowResults(*stats.to(acc), logp.to(acc), loss=torch.empty_like(logp, dtype=acc))
-=======
-    known = RowResults(*stats.to(acc), logp.to(acc), loss=-logp.to(acc))
->>>>>>> wt/contract
     blocks = VocabBlocks(block_cols, **{**EVERYTHING, **wanted})
     gradients = vocab_sweep_backward(call, labels, known, coefficient, blocks)
     gradients = gradients.times(None, dtypes, kernels, keeps=False)
