@@ -20,8 +20,9 @@ class SlimeLoss(nn.Module):
 
     Args:
         config: the loss's hyperparameters; None takes the paper's.
-        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``logits_dtype``, ``backend``,
-            ``workspace``, ``tp_group``, ``cp_group``, ``dp_group``. A TypeError for any other name.
+        **options: ``shift``, ``ignore_index``, ``logit_scale``, ``logit_softcap``, ``temperature``,
+            ``logits_dtype``, ``backend``, ``workspace``, ``tp_group``, ``cp_group``, ``dp_group``. A TypeError for
+            any other name.
     """
 
     def __init__(self, config: SlimeLossConfig | None = None, **options: Any) -> None:
@@ -54,8 +55,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Args:
         **options: ``reduction``, ``label_smoothing``, ``z_loss``, ``shift``, ``ignore_index``, ``logit_scale``,
-            ``logit_softcap``, ``logits_dtype``, ``backend``, ``workspace``, ``tp_group``. A TypeError for any other
-            name.
+            ``logit_softcap``, ``temperature``, ``logits_dtype``, ``backend``, ``workspace``, ``tp_group``. A
+            TypeError for any other name.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -80,8 +81,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
 
 def _known_options(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options, once all are keyword arguments of ``function`` that a call of the module does not give."""
-    given_later = ("bias", "cu_seqlens", "config")
+    """The options, once all are keyword arguments of ``function`` that a module holds for its calls."""
+    given_later = ("bias", "cu_seqlens", "config", "return_stats")
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in given_later]
     for name in options:
