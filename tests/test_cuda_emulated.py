@@ -1,7 +1,7 @@
 """The CUDA kernels against the shared grid, on the CPU.
 
 The sources of ``csrc/cuda`` are compiled by the host's compiler and run by the emulator (tests/cuda_emulator),
-behind the package's own ``CudaBackend``. Numbers are checked here; the last tests run this file and
+behind the package's own ``CudaBackend``. Numbers are checked here; the last tests run this file and one case of
 ``test_cuda_emulated_stats.py`` again with the kernels instrumented, where a read out of bounds, a misaligned vector
 or a race ends the run. What a GPU alone can tell: approximate instructions, inline PTX, races between rows.
 """
@@ -345,7 +345,10 @@ def test_label_beyond_the_vocabulary_traps_and_is_named(backend, kernel, capfd):
 
 
 def run_these_files(mode: Mode) -> subprocess.CompletedProcess[str]:
-    """Run every other test of the emulated kernels in a process of its own, on instrumented kernels."""
+    """Run every other test of this file, and one case of its neighbour, in a process of its own, instrumented.
+
+    The moments' cases here walk the same branches; what they lack is a 16-bit residual with entropy.
+    """
     try:
         module = build("_C_emulated", mode)
     except EmulatorUnavailable as error:
@@ -358,7 +361,11 @@ def run_these_files(mode: Mode) -> subprocess.CompletedProcess[str]:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", *FILES]
     return subprocess.run(
-        [*command, "-k", "not sanitizer"], capture_output=True, text=True, env=environment, timeout=500
+        [*command, "-k", "not sanitizer and (not emulated_stats or unaligned-float32)"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=500,
     )
 
 

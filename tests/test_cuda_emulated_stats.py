@@ -1,7 +1,7 @@
 """Temperature, moments of the logits and the entropy's gradient in the CUDA kernels, on the CPU.
 
 The bindings are called as they are, with addresses, in the emulator of ``tests/test_cuda_emulated.py``, which runs
-this file again with the kernels instrumented. The truth is PyTorch in float64.
+one case again with the kernels instrumented. The truth is PyTorch in float64.
 
 Why these problems suffice: one and two columns (no vector), 37 and 1003 with rows off alignment, 20,003 (several
 visits of a thread, several blocks of the residual); every head that turns, levels, caps or stretches the logits, to
