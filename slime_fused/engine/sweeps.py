@@ -34,7 +34,7 @@ from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 
 class Sweep(Protocol):
-    """What the losses see of the three."""
+    """What the losses see of the four."""
 
     stats: RowResults
     """(N,) each: of all labelled rows, known after `forward`."""
