@@ -100,22 +100,24 @@ def linear_logprobs(
     mask = labels != ignore_index
     index = labels.masked_fill(~mask, 0).long()
     log_softmax = torch.log_softmax(logits, dim=-1)
-
-    def of_labelled(values: Tensor) -> Tensor:
-        if values.dtype not in (torch.float64, torch.bool):
-            values = values.float()
-        # torch.where, not a product: an ignored row may hold an infinite log-prob.
-        return torch.where(mask, values, torch.zeros_like(values))
-
-    logps = of_labelled(log_softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+    logps = _of_labelled(log_softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1), mask)
     if return_stats is None:
         return logps
-    told = _statistics(logits, log_softmax, index)
-    return TokenStatistics(logps, None, **{name: of_labelled(told[name]) for name in return_stats})
+    told = _statistics(logits, index)
+    return TokenStatistics(logps, None, **{name: _of_labelled(told[name], mask) for name in return_stats})
 
 
-def _statistics(logits: Tensor, log_softmax: Tensor, index: Tensor) -> dict[str, Tensor]:
+def _of_labelled(values: Tensor, mask: Tensor) -> Tensor:
+    """0, or False, where the label is ignored; float32 at least."""
+    if values.dtype not in (torch.float64, torch.bool):
+        values = values.float()
+    # torch.where, not a product: an ignored row may hold an infinite log-prob.
+    return torch.where(mask, values, torch.zeros_like(values))
+
+
+def _statistics(logits: Tensor, index: Tensor) -> dict[str, Tensor]:
     """What `slime_fused.TokenStatistics` holds, of all rows; only the entropy carries a gradient."""
+    log_softmax = torch.log_softmax(logits, dim=-1)
     probs = log_softmax.exp()
     with torch.no_grad():
         told = {
@@ -124,9 +126,8 @@ def _statistics(logits: Tensor, log_softmax: Tensor, index: Tensor) -> dict[str,
             "sum_sq_probs": probs.square().sum(-1),
             "lse": logits.logsumexp(-1),
         }
-    # p log p is 0 where p is.
-    terms = torch.where(probs == 0, 0, probs * log_softmax)
-    return {**told, "entropy": -terms.sum(-1)}
+    # p log p is 0 where p is, and so is its derivative.
+    return {**told, "entropy": -(probs * log_softmax.masked_fill(probs == 0, 0)).sum(-1)}
 
 
 def sequence_logprobs(
@@ -168,13 +169,14 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     logits_dtype: torch.dtype | None = None,
     upcast: bool = True,
+    return_stats: Sequence[str] | None = None,
     **_ignored: Any,
-) -> Tensor:
+) -> Any:
     """See `slime_fused.linear_cross_entropy`."""
     if shift:
         labels = _shift(labels, cu_seqlens, ignore_index)
     logits = _logits(hidden, weight, bias, logit_scale, logit_softcap, temperature, logits_dtype, upcast)
-    return cross_entropy(
+    losses = cross_entropy(
         logits,
         labels,
         reduction=reduction,
@@ -182,6 +184,11 @@ def linear_cross_entropy(
         z_loss=z_loss,
         ignore_index=ignore_index,
     )
+    if return_stats is None:
+        return losses
+    mask = labels != ignore_index
+    told = _statistics(logits, labels.masked_fill(~mask, 0).long())
+    return TokenStatistics(None, losses, **{name: _of_labelled(told[name], mask) for name in return_stats})
 
 
 def cross_entropy(

@@ -106,10 +106,10 @@ class TokenLossFunction(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)))
             shape = request.rows.labels.shape
             loss = ctx.pass_.forward().view(shape)
-            told = ctx.pass_.statistics(statistics)
+            told = [x.view(shape) for x in ctx.pass_.statistics(statistics)]
         ctx.statistics = statistics
         ctx.mark_non_differentiable(*(x for name, x in zip(statistics, told, strict=True) if name != "entropy"))
-        return loss, *(x.view(shape) for x in told)
+        return loss, *told
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *of_statistics: Tensor | None) -> tuple[Any, ...]:
@@ -143,8 +143,8 @@ def statistic(name: str, known: Tensor) -> Tensor:
     """One of `STATISTICS` (N_all,), from `TokenPass.all_stats`; 0 (False) where the label is ignored."""
     row_max, row_sum, _, _, *distribution = known.unbind()
     if name == "lse":
-        # Of an ignored row the sum is 0, as all else.
-        return torch.where(row_sum == 0, 0.0, row_max + row_sum.log())
+        # Of an ignored row both are 0; where all logits are -inf, the sum.
+        return torch.where(row_sum == 0, row_max, row_max + row_sum.log())
     value = distribution[("entropy", "sum_sq_probs", "is_top1", "mean_logit").index(name)]
     return value > 0 if name == "is_top1" else value.clone()
 

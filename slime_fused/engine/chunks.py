@@ -189,12 +189,12 @@ class ChunkEngine:
             self._write_residual(block, values[begin:end], known, gain, mix, slice(begin, end))
         return Residual(values, gain)
 
-    def residual_of(self, logits: Tensor, known: RowResults, mix: Mix | None) -> Residual:
-        """As `residual_again`, over the (M, V) raw ``logits`` of all rows, which were kept."""
-        gain = self._gain(known, mix)
-        block = self.head.block(logits, self.targets)
-        self._write_residual(block, logits, known, gain, mix, slice(0, logits.shape[0]))
-        return Residual(logits, gain)
+    def residual_of(self, logits: Tensor, known: RowResults, mix: Mix | None, *, keeps: bool) -> Residual:
+        """As `residual_again`, of the (M, V) raw ``logits`` of all rows, which were kept; over them, or ``keeps``."""
+        gain, rows = self._gain(known, mix), logits.shape[0]
+        values = self._residual_buffer(rows) if keeps else logits
+        self._write_residual(self.head.block(logits, self.targets), values, known, gain, mix, slice(0, rows))
+        return Residual(values, gain)
 
     def logits_and_stats(self, rows: RowSet, out: RowResults) -> Tensor:
         """(M, V) raw logits of a chunk, not wide ones, until the next one; their statistics go to ``out``."""

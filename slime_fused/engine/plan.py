@@ -12,7 +12,8 @@ fused    few rows fit, and the backend has ``linear_stats``   4                 
 What is known with a chunk's log-probs: for a loss of pairs or sequences, the coefficients of whole ones; for a mean
 or summed cross-entropy and other losses of tokens, those of any row; for a loss that needs the whole batch, all or
 none; for per-token log-probs (whose coefficients come with ``backward``) none, so that "stream" there means one
-chunk whose residual is kept until then.
+chunk whose residual is kept until then. Where an entropy's gradient may come too, it is the chunk's logits that are
+kept, and "resweep" with a frozen head takes 3 products: nothing of dX is known in forward.
 
 "fused" never writes the logits of its forward pass, and sweeps backward over blocks of the vocabulary instead of
 blocks of rows: dW is written once in its own dtype, where chunks of rows would add into a float32 copy of it.
@@ -190,7 +191,7 @@ class Plan:
         ]
         lines = [
             f"plan         {self.kind}: {self.reason}",
-            f"problem      {_LOSSES[p.unit]}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
+            f"problem      {_LOSSES[p.unit]}{' and entropies' if p.mixes_entropy else ''}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
             f"x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows"
             + (" (statistics; no logits are written)" if self.kind == "fused" else ""),
@@ -273,6 +274,9 @@ def plan_by_rows(problem: Problem, workspace: int) -> Plan:
         what = "logits are" if problem.mixes_entropy else "residual is"
         reason = f"all rows fit the workspace ({capacity} rows): their {what} kept for backward"
         return Plan("stream", problem, _row_chunks(problem.rows, capacity), workspace, reason)
+    elif problem.rows <= capacity:
+        what = "float32 logits are" if problem.mixes_entropy and problem.has_wide_logits else "a residual is"
+        reason = f"{what} not kept for backward, which forms the logits of {problem.rows} rows again"
     else:
         reason = f"{problem.rows} rows, the workspace holds {capacity}: backward forms their logits again"
     return Plan("resweep", problem, _row_chunks(problem.rows, capacity), workspace, reason)
@@ -302,7 +306,7 @@ def _plan_fused(other: Plan) -> Plan | None:
     ):
         reason = f"{len(other.chunks)} chunks of at most {other.chunk_rows} rows would each add to a float32 dW"
     else:
-        # With the head frozen the row plans take two products, this one three.
+        # With the head frozen the row plans take two products (with entropies three), this one three.
         return None
     return Plan("fused", p, chunks, workspace, reason, block_cols)
 

@@ -176,11 +176,11 @@ class MixedSweep:
             mix, coefficient = Mix.of(coefficient, d_entropy)
         engine, total = ChunkEngine(self._head, self._layout, self._plan), HeadSum(self._head, self._plan)
         d_hidden = engine.new_hidden_grad(self._head.waiting_dtypes.hidden)
-        kept, self._logits = (None, self._logits) if keeps else (self._logits, None)
+        kept, self._logits = self._logits, self._logits if keeps else None
         for rows in self._blocks:
             own = None if mix is None else mix.span(*rows.span)
             if kept is not None:
-                residual = engine.residual_of(kept, self.stats, own)
+                residual = engine.residual_of(kept, self.stats, own, keeps=keeps)
             else:
                 residual = engine.residual_again(rows, self.stats.span(*rows.span), own)
             of_rows = rows.of_labelled(coefficient)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.functions import STATISTICS
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.backends.base import HeadTransform
@@ -94,6 +96,16 @@ def linear_request(
         )
     rows = LabelledRows(labels, cu_seqlens, bool(shift), int(ignore_index), layout)
     return hidden, weight, bias, LinearRequest(rows, options, Wants.of(hidden, weight, bias))
+
+
+def statistic_names(return_stats: Sequence[str] | None) -> tuple[str, ...]:
+    """Those asked for, once each. Raises TypeError or ValueError for other names."""
+    if isinstance(return_stats, str) or not isinstance(return_stats, (Sequence, type(None))):
+        raise TypeError(f"return_stats: expected a sequence of names among {STATISTICS}, got {return_stats!r}")
+    for name in return_stats or ():
+        if name not in STATISTICS:
+            raise ValueError(f"return_stats: expected names among {STATISTICS}, got {name!r}")
+    return tuple(dict.fromkeys(return_stats or ()))
 
 
 def _plain_int(workspace: int | str) -> int | str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.functions import token_kind
 from slime_fused.autograd.tensors import is_traced
 from slime_fused.autograd.unit_losses import kind_of
 from slime_fused.engine.calls import LossKind, prepare_call
@@ -15,7 +16,7 @@ from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
 from slime_fused.engine.units import Loss
 from slime_fused.functional import checks
-from slime_fused.functional.arguments import linear_request
+from slime_fused.functional.arguments import linear_request, statistic_names
 from slime_fused.functional.unit_losses import loss_value
 
 _KINDS = {
@@ -41,18 +42,25 @@ def explain_plan(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
     workspace: int | str = "auto",
+    return_stats: Sequence[str] | None = None,
 ) -> Plan:
     """The plan that the same call would run with, as a printable value: chunks, bytes, FLOPs, and why.
 
     Arguments as `slime_loss`; ``loss`` is what `preference_loss` takes, or names the function: "slime",
     "cross_entropy" (mean or sum), or "token" (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction
-    "none"). Which gradients are wanted is read off ``requires_grad``.
+    "none"). ``return_stats`` as in `linear_logprobs`, for "token" alone. Which gradients are wanted is read off
+    ``requires_grad``.
     """
+    statistics = statistic_names(return_stats)
     if isinstance(loss, str):
         checks.check_choice("loss", loss, tuple(_KINDS))
         kind = _KINDS[loss]
     else:
         kind = kind_of(loss_value(loss))
+    if statistics:
+        if loss != "token":
+            raise ValueError(f'return_stats: expected none unless loss is "token", got {return_stats!r}')
+        kind = token_kind(kind.token_loss, statistics)
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,

@@ -14,7 +14,7 @@ from slime_fused.backends.base import TokenLoss
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.functional import checks
-from slime_fused.functional.arguments import LinearOptions, label_counts, linear_request
+from slime_fused.functional.arguments import LinearOptions, label_counts, linear_request, statistic_names
 from slime_fused.output import TokenStatistics
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
@@ -85,7 +85,7 @@ def linear_logprobs(
     Raises:
         As `slime_loss`; TypeError or ValueError for an unknown statistic.
     """
-    statistics = _statistics(return_stats)
+    statistics = statistic_names(return_stats)
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,
@@ -229,7 +229,7 @@ def linear_cross_entropy(
     Raises:
         As `slime_loss`; ValueError for "mean" where all labels are ignored (the sum of none is 0).
     """
-    statistics = _statistics(return_stats)
+    statistics = statistic_names(return_stats)
     checks.check_choice("reduction", reduction, _REDUCTIONS)
     checks.check_token_loss(label_smoothing, z_loss)
     token_loss = TokenLoss(float(label_smoothing), float(z_loss))
@@ -283,13 +283,3 @@ def _token_loss(
         for name in statistics
     }
     return loss, by_name
-
-
-def _statistics(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Those asked for, once each. Raises TypeError or ValueError for other names."""
-    if isinstance(names, str) or not isinstance(names, (Sequence, type(None))):
-        raise TypeError(f"return_stats: expected a sequence of names among {functions.STATISTICS}, got {names!r}")
-    for name in names or ():
-        if name not in functions.STATISTICS:
-            raise ValueError(f"return_stats: expected names among {functions.STATISTICS}, got {name!r}")
-    return tuple(dict.fromkeys(names or ()))
