@@ -131,6 +131,19 @@ def slime_outputs(out: sf.SlimeOutput) -> dict[str, Tensor]:
     return {name: getattr(out, name) for name in names}
 
 
+def unit_outputs(out: sf.PreferenceOutput | sf.PolicyOutput) -> dict[str, Tensor]:
+    """Everything that a loss of units says, by name; the loss first."""
+    named = {"loss": out.loss, **out.terms, **out.metrics, "mean_logps": out.mean_logps}
+    return {**named, "logps": out.logps} if isinstance(out, sf.PolicyOutput) else named
+
+
+def outputs_of(out: Any) -> dict[str, Tensor]:
+    """By name, what the call returned; what to call ``backward()`` on comes first."""
+    if isinstance(out, sf.SlimeOutput):
+        return slime_outputs(out)
+    return unit_outputs(out) if isinstance(out, (sf.PreferenceOutput, sf.PolicyOutput)) else {"value": out}
+
+
 def run(
     function: Callable[..., Any],
     batch: Batch,
@@ -142,7 +155,7 @@ def run(
     """Call ``function`` on fresh leaves and backpropagate ``upstream`` through its loss."""
     leaves = batch.leaves(wanted)
     out = leaves.call(function, **options)
-    outputs = slime_outputs(out) if isinstance(out, sf.SlimeOutput) else {"value": out}
+    outputs = outputs_of(out)
     loss = next(iter(outputs.values()))
     wanted_leaves = {name: x for name, x in leaves.tensors().items() if name in wanted}
     if wanted_leaves:

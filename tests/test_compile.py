@@ -13,8 +13,10 @@ from torch import Tensor
 import slime_fused as sf
 from slime_fused import reference
 from slime_fused.autograd import library, token_library
-from slime_fused.engine.calls import HeadOptions, Wants
+from slime_fused.backends.base import HeadTransform
+from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants
 from slime_fused.functional import tokens, unit_losses
+from slime_fused.losses import DPO, KTO, PolicyGradient, Slime
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -190,7 +192,21 @@ def head_args(batch: Batch) -> tuple[Any, ...]:
 
 def op_cases() -> dict[str, OpCase]:
     cases = {}
-    numbers = [0.1, 0.1, 1.0, 1.25, 1.5, 1.0, 2.5, 2.5]
+    references, per_token = torch.full((4,), -9.0), torch.full((4, 7), -2.0)
+    unit_losses_of = {
+        "all": (Slime(), {}),
+        "every_row_labelled": (DPO(), {"ref_token_logps": per_token[:, :4]}),
+        "head_frozen": (DPO(nll_weight=0.5), {"ref_sum_logps": references}),
+        "nothing": (
+            KTO(),
+            {"ref_sum_logps": references, "desirable": references < 0, "kl_baseline": -per_token[0, 0]},
+        ),
+        "float16": (
+            KTO(baseline="batch"),
+            {"ref_mean_logps": references / 4, "desirable": torch.tensor([True, False, True, True])},
+        ),
+        "float32_logits": (PolicyGradient(), {"advantages": torch.arange(4.0) - 1, "old_logps": per_token}),
+    }
     for label, wanted, dtype in (
         ("all", ("hidden", "weight", "bias"), torch.float32),
         ("every_row_labelled", ("hidden", "weight", "bias"), torch.float32),
@@ -206,17 +222,23 @@ def op_cases() -> dict[str, OpCase]:
         leaves = batch.leaves(wanted)
         wants = Wants.of(leaves.hidden, leaves.weight, leaves.bias)
         logits_dtype = torch.float32 if label == "float32_logits" else None
-        flat = library.flat_options(
-            HeadOptions(False, IGNORE, 0.5, 9.0, "cpu", "auto", logits_dtype=logits_dtype), wants
-        )
+        options = HeadOptions(HeadTransform(0.5, 9.0), logits_dtype, None, "cpu")
+        flat = library.flat_request(LinearRequest(LabelledRows(leaves.labels, leaves.cu_seqlens), options, wants))
         head = head_args(leaves)
+        loss_value, given = unit_losses_of[label]
+        of_units = (loss_value.key, list(given.values()), " ".join(given), label in ("float32_logits", "nothing"))
+        cases[f"unit_loss-{label}"] = OpCase(library.unit_loss_op, (*head, *of_units, *flat))
         token_loss = (0.1, 0.01)
-        cases[f"slime_loss-{label}"] = OpCase(library.slime_loss_op, (*head, numbers, "sequence", *flat))
         cases[f"cross_entropy-{label}"] = OpCase(library.cross_entropy_op, (*head, True, *token_loss, *flat))
-        cases[f"token_loss-{label}"] = OpCase(library.token_loss_op, (*head, *token_loss, *flat))
-        loss, *saved = (x.detach() for x in library.token_loss_op(*head, *token_loss, *flat))
-        args = (torch.ones_like(loss), *saved, *head_args(batch), *token_loss, *flat)
-        cases[f"token_loss_backward-{label}"] = OpCase(library.token_loss_backward_op, args)
+        for statistics in ("", "entropy lse"):
+            named = f"{label}-entropy" if statistics else label
+            args = (*token_loss, statistics, *flat)
+            cases[f"token_loss-{named}"] = OpCase(library.token_loss_op, (*head, *args))
+            loss, entropy, *saved = (x.detach() for x in library.token_loss_op(*head, *args))
+            upstream = (torch.ones_like(loss), torch.ones_like(entropy))
+            cases[f"token_loss_backward-{named}"] = OpCase(
+                library.token_loss_backward_op, (*upstream, *saved, *head_args(batch), *args)
+            )
     bounds = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
     for mean in (False, True):
         values = torch.randn(9, requires_grad=True)
@@ -227,7 +249,7 @@ def op_cases() -> dict[str, OpCase]:
     for wanted in (False, True):
         logp = -torch.rand(9).requires_grad_(wanted)
         pairs = torch.tensor([0, 2, 5, 7, 9], dtype=torch.int32)
-        args = (logp, pairs, numbers, "token", "cpu", wanted)
+        args = (logp, pairs, Slime(stabilizer_reduction="token").key, "cpu", wanted)
         cases[f"slime_terms-{wanted}"] = OpCase(token_library.slime_terms_op, args)
     for dtype in (torch.float32, torch.float16):
         logits = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
@@ -246,7 +268,7 @@ OP_CASES = op_cases()
 
 
 def test_every_operator_is_checked():
-    kind = type(library.slime_loss_op)
+    kind = type(library.unit_loss_op)
     ops = {op for module in (library, token_library) for op in vars(module).values() if isinstance(op, kind)}
     assert {case.op for case in OP_CASES.values()} == ops
 

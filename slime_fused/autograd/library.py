@@ -7,7 +7,8 @@ the per-token loss forms its logits again. Gradients that nobody wants are empty
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,6 +94,19 @@ def _scaled_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
     return *gradients, *[None] * ctx.num_rest
 
 
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let autograd follow what an operator does inside, for a loss's derivative with respect to log-probs.
+
+    An operator runs below autograd's dispatch keys, where ``enable_grad`` alone records nothing.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
 # --- unit_loss: the tensors of UnitOutputs, the gradients as they wait, the scale of d_weight ---
 
 
@@ -100,7 +114,8 @@ def _unit_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
     cu_seqlens, key, given, names, wants_logps, *flat = rest
     request = _request(labels, cu_seqlens, flat)
     by_name = dict(zip(names.split(), given, strict=True))
-    outputs, gradients, _ = run_unit_loss(hidden, weight, bias, request, loss_of(key), by_name, wants_logps)
+    with _autograd_inside():
+        outputs, gradients, _ = run_unit_loss(hidden, weight, bias, request, loss_of(key), by_name, wants_logps)
     dtypes = _waiting(hidden, weight, bias, request.options.compute_dtype)
     logps = outputs.logps.view(labels.shape) if wants_logps else outputs.logps
     tensors = (outputs.loss, outputs.numbers, outputs.mean_logps, logps)
@@ -264,12 +279,20 @@ def _token_loss_backward_fake(
 def _token_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:], *inputs[:5])
     ctx.rest = inputs[5:]
+    ctx.set_materialize_grads(False)  # else zeros come as real tensors where all others are fake
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _token_loss_autograd(ctx: Any, upstream: Tensor, d_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
-    refuse_transformed_backward(upstream)
-    refuse_transformed_backward(d_entropy)
+def _token_loss_autograd(ctx: Any, upstream: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    for given in (upstream, d_entropy):
+        if given is not None:
+            refuse_transformed_backward(given)
+    known = upstream if d_entropy is None else d_entropy
+    if known is None:
+        return (None,) * (5 + len(ctx.rest))
+    upstream = torch.zeros_like(known) if upstream is None else upstream
+    if d_entropy is None:
+        d_entropy = torch.zeros_like(known) if _has_entropy((None, *ctx.rest)) else known.new_empty(0)
     gradients = token_loss_backward_op(upstream, d_entropy, *ctx.saved_tensors, *ctx.rest)
     wanted = zip(gradients, ctx.rest[-3:], strict=True)
     return *[g if want else None for g, want in wanted], *[None] * (2 + len(ctx.rest))

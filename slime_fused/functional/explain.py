@@ -17,7 +17,7 @@ from slime_fused.engine.plan import Plan
 from slime_fused.engine.units import Loss
 from slime_fused.functional import checks
 from slime_fused.functional.arguments import linear_request, statistic_names
-from slime_fused.functional.unit_losses import loss_value
+from slime_fused.losses import as_loss
 
 _KINDS = {
     "slime": LossKind("pair", is_paired=True),
@@ -56,7 +56,7 @@ def explain_plan(
         checks.check_choice("loss", loss, tuple(_KINDS))
         kind = _KINDS[loss]
     else:
-        kind = kind_of(loss_value(loss))
+        kind = kind_of(as_loss(loss))
     if statistics:
         if loss != "token":
             raise ValueError(f'return_stats: expected none unless loss is "token", got {return_stats!r}')

@@ -11,8 +11,8 @@ from torch import Tensor
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss
 from slime_fused.functional.arguments import linear_request
-from slime_fused.functional.unit_losses import GivenChecks, loss_value, run_loss
-from slime_fused.losses import PolicyGradient
+from slime_fused.functional.unit_losses import GivenChecks, run_loss
+from slime_fused.losses import PolicyGradient, as_loss
 from slime_fused.output import PolicyOutput, named_numbers
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
@@ -67,7 +67,7 @@ def token_policy_loss(
     Raises:
         As `preference_loss`.
     """
-    value: Loss = PolicyGradient() if loss is None else loss_value(loss)
+    value: Loss = PolicyGradient() if loss is None else as_loss(loss)
     if value.unit == "pair":
         raise ValueError(f"loss: expected one of tokens or sequences, got one of pairs: {loss!r}")
     hidden, weight, bias, request = linear_request(

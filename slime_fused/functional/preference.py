@@ -11,8 +11,8 @@ from torch import Tensor
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss, Pairs, UnitTerms
 from slime_fused.functional.arguments import linear_request
-from slime_fused.functional.unit_losses import GivenChecks, loss_value, run_loss
-from slime_fused.losses import Slime, SlimeLossConfig
+from slime_fused.functional.unit_losses import GivenChecks, run_loss
+from slime_fused.losses import Slime, SlimeLossConfig, as_loss
 from slime_fused.output import PreferenceOutput, SlimeOutput, named_numbers
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
@@ -107,7 +107,7 @@ def preference_loss(
     weight: Tensor,
     labels: Tensor | TokenLayout,
     *,
-    loss: Loss | SlimeLossConfig | Callable[[Pairs], Tensor | UnitTerms],
+    loss: Loss | Callable[[Pairs], Tensor | UnitTerms],
     ref_chosen_sum_logps: Tensor | None = None,
     ref_rejected_sum_logps: Tensor | None = None,
     ref_chosen_mean_logps: Tensor | None = None,
@@ -164,7 +164,7 @@ def preference_loss(
         TypeError, ValueError: as `slime_loss`; and naming the loss: what it needs and did not get, or got in
             another shape; values that are not one per unit, carry no gradient, or are NaN for finite log-probs.
     """
-    value = loss_value(loss)
+    value = as_loss(loss)
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,

@@ -15,23 +15,6 @@ from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import check_pairs
 from slime_fused.engine.units import Loss
-from slime_fused.losses import Own, Slime, SlimeLossConfig
-
-
-def loss_value(loss: object) -> Loss:
-    """The loss that was meant: a value, SLIME's configuration, or a plain function on pairs.
-
-    Raises TypeError for anything else.
-    """
-    if isinstance(loss, SlimeLossConfig) and not isinstance(loss, Slime):
-        return Slime.of(loss)
-    if isinstance(loss, Loss) and not isinstance(loss, type):
-        return loss
-    if callable(loss) and not isinstance(loss, type):
-        return Own(loss)
-    raise TypeError(
-        f"loss: expected a value of slime_fused.losses such as DPO(beta=0.1), or a function of pairs, got {loss!r}"
-    )
 
 
 def run_loss(

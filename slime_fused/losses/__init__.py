@@ -8,7 +8,6 @@ or a plain function of log-probs (see `Own`).
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses.alphapo import AlphaPO
 from slime_fused.losses.base import Formula
-from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.losses.cpo import CPO
 from slime_fused.losses.dpo import DPO
 from slime_fused.losses.kto import KTO
@@ -18,6 +17,9 @@ from slime_fused.losses.policy_gradient import PolicyGradient
 from slime_fused.losses.sft import SFT
 from slime_fused.losses.simpo import SimPO
 from slime_fused.losses.slime import Slime
+
+SlimeLossConfig = Slime
+"""The name that `slime_loss` knows it by."""
 
 PairTerms = UnitTerms
 """What a loss says of pairs."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from slime_fused.losses.hyperparameters import require_choice, require_number
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
 
 StabilizerReduction = Literal["sequence", "token"]
 _REDUCTIONS = ("sequence", "token")
 
 
 @dataclass(frozen=True)
-class SlimeLossConfig:
+class SlimeHyperparameters:
     """Hyperparameters of SLIME (arXiv 2602.02383, eq. 5 to 10), in the paper's names and with its defaults.
 
     For a pair with mean log-probs ``m_w`` (chosen) and ``m_l`` (rejected) and the margin ``D = m_w - m_l``::
@@ -40,7 +43,7 @@ class SlimeLossConfig:
     stabilizer_reduction: StabilizerReduction = "sequence"
 
     def __post_init__(self) -> None:
-        for field in fields(SlimeLossConfig):
+        for field in fields(SlimeHyperparameters):
             if field.name != "stabilizer_reduction":
                 require_number(self, field.name)
         for name in ("lambda_w", "lambda_l", "lambda_d"):
@@ -50,7 +53,7 @@ class SlimeLossConfig:
         require_choice(self, "stabilizer_reduction", _REDUCTIONS)
 
     @classmethod
-    def authors_code(cls, *, triple: bool = False) -> SlimeLossConfig:
+    def authors_code(cls, *, triple: bool = False) -> Self:
         """The values and the reduction of the authors' training script, to match a run of it number for number.
 
         ``triple=True`` also reproduces that their trainer computes the loss three times and sums it.

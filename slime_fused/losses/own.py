@@ -11,10 +11,8 @@ from torch import Tensor
 
 from slime_fused.engine.units import Loss, Unit, UnitTerms
 from slime_fused.losses.base import Formula
-from slime_fused.losses.config import SlimeLossConfig
 from slime_fused.losses.hyperparameters import require_choice, require_flag
 from slime_fused.losses.registry import register
-from slime_fused.losses.slime import Slime
 
 _ATTRIBUTE = "_slime_fused_loss"
 """Of a function: its `Own`."""
@@ -89,7 +87,7 @@ class Own(Formula):
 
 
 def as_loss(loss: Any) -> Loss:
-    """What a caller may pass as ``loss``: a `Loss`, a `SlimeLossConfig`, or a function of pairs.
+    """What a caller may pass as ``loss``: a `Loss` or a function of pairs.
 
     A function gets the same `Own` each time, for as long as it lives.
 
@@ -97,8 +95,6 @@ def as_loss(loss: Any) -> Loss:
     """
     if isinstance(loss, Loss) and not isinstance(loss, type):
         return loss
-    if isinstance(loss, SlimeLossConfig):
-        return Slime.of(loss)
     if not callable(loss) or isinstance(loss, type):
         raise TypeError(f"loss: expected a loss of slime_fused.losses or a function of pairs, got {loss!r}")
     own = getattr(loss, _ATTRIBUTE, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -12,32 +12,32 @@ from torch import Tensor
 from slime_fused.backends.base import Backend, SlimePairs, SlimeWeights
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses.base import WEIGHTS, Formula
-from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.losses.config import SlimeHyperparameters
 
 
 @dataclass(frozen=True)
-class Slime(SlimeLossConfig, Formula):
-    """Stabilized Likelihood Implicit Margin Enforcement: eq. 5 to 10; formula and fields in `SlimeLossConfig`.
+class Slime(SlimeHyperparameters, Formula):
+    """Stabilized Likelihood Implicit Margin Enforcement: eq. 5 to 10; formula and fields in `SlimeHyperparameters`.
 
     Unit: a pair. No reference model. Terms: ``anchor``, ``margin_loss``, ``stabilizer``. Log-probs are means over a
     response's tokens. The derivative is the backends' own.
     """
 
     def __post_init__(self) -> None:
-        SlimeLossConfig.__post_init__(self)
+        SlimeHyperparameters.__post_init__(self)
         Formula.__post_init__(self)
 
     @classmethod
-    def of(cls, config: SlimeLossConfig | None) -> Slime:
-        """The loss with the configuration's hyperparameters; None is the paper's.
+    def of(cls, config: object) -> Slime:
+        """The configuration that was meant: None is the paper's.
 
         Raises TypeError for what is no configuration.
         """
         if config is None:
-            return cls()
-        if not isinstance(config, SlimeLossConfig):
+            return _PAPER
+        if not isinstance(config, cls):
             raise TypeError(f"config: expected a SlimeLossConfig or None, got {type(config).__name__}")
-        return config if isinstance(config, cls) else cls(**asdict(config))
+        return config
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -85,3 +85,7 @@ class Slime(SlimeLossConfig, Formula):
         token_weight = 1 / max(pairs.batch.rejected_tokens, 1.0) if is_token else 0.0
         numbers = [getattr(self, field.name) for field in fields(self) if field.name != "stabilizer_reduction"]
         return SlimeWeights(*[*numbers, 1 / pairs.batch.pairs, token_weight])
+
+
+_PAPER = Slime()
+"""Made here, as a compiled graph can hold a loss but cannot make one."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.losses import SlimeLossConfig
 
 _CHOICES = {"loss_impl": ("fused", "naive"), "truncation": ("keep_start", "keep_end", "drop")}
 

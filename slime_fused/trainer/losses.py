@@ -10,7 +10,7 @@ from torch import Tensor
 
 import slime_fused
 from slime_fused import reference
-from slime_fused.losses.config import SlimeLossConfig
+from slime_fused.losses import SlimeLossConfig
 from slime_fused.output import SlimeOutput
 from slime_fused.trainer.transform import LogitTransform
 
