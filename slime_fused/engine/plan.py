@@ -191,8 +191,9 @@ class Plan:
         ]
         lines = [
             f"plan         {self.kind}: {self.reason}",
-            f"problem      {_LOSSES[p.unit]}{' and entropies' if p.mixes_entropy else ''}: {p.rows} labelled rows x {p.vocab_size} vocabulary "
-            f"x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
+            f"problem      {_LOSSES[p.unit]}{' and entropies' if p.mixes_entropy else ''}: "
+            f"{p.rows} labelled rows x {p.vocab_size} vocabulary x {p.hidden_size} hidden, "
+            f"{p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows"
             + (" (statistics; no logits are written)" if self.kind == "fused" else ""),
             *(
