@@ -1,4 +1,4 @@
-"""`return_stats` in graphs: torch.compile, torch.export, make_fx, fake tensors, and the rules of `torch.library`."""
+"""`return_stats` in graphs: torch.compile, torch.export, make_fx, fake tensors, and `torch.library`'s rules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from slime_fused.autograd import library
 from slime_fused.autograd.functions import STATISTICS
 from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
+from tests.statistics_support import CE, HEAD, assert_as_exact, run, workspace_of
 from tests.support import DTYPES, make_batch, pack
-from tests.test_token_statistics import CE, HEAD, assert_as_exact, run, workspace_of
 
 ASKED = {"all": STATISTICS, "entropy": ("entropy",), "logged": ("is_top1", "mean_logit"), "lse": ("lse",)}
 

@@ -11,6 +11,7 @@ import torch
 import slime_fused as sf
 from slime_fused import reference
 from slime_fused.engine.plan import FUSED_LEAST_COLS
+from tests.statistics_support import assert_as_exact
 from tests.support import assert_as_exact_as_plain, assert_close, floor_of, make_batch, pack, run
 from tests.triton_support import INTERPRETING, skip_unless_kernels_run
 
@@ -114,3 +115,43 @@ def test_float32_logits(dtype):
     assert (got.outputs["value"].double() - exact).abs().max() <= 1e-6 * exact.abs().max()
     for name, grad in got.grads.items():
         assert_close(name, grad, plain.grads[name], truth.grads[name], floor_of(dtype))
+
+
+STATISTICS_CASES = {
+    # name -> (function, options, dtype, plan)
+    "float32-kept": ("linear_logprobs", {"logit_scale": 1.5, "temperature": 0.7}, torch.float32, "stream"),
+    "bfloat16-again": ("linear_logprobs", {"logit_softcap": 6.0}, torch.bfloat16, "resweep"),
+    "float16-fused": ("linear_logprobs", {"logit_softcap": 6.0, "temperature": 2.0}, torch.float16, "fused"),
+    "smooth-fused": (
+        "linear_cross_entropy",
+        {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.01},
+        torch.float32,
+        "fused",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS_CASES)
+def test_token_statistics(case):
+    """What `return_stats` tells, and gradients of losses and entropies together."""
+    function, options, dtype, kind = STATISTICS_CASES[case]
+    batch = make_batch(
+        (5, 7, 8, 6), vocab_size=2 * FUSED_LEAST_COLS + 133, hidden_size=24, dtype=dtype, has_bias=True
+    )
+    # With a frozen head a small workspace takes rows, not blocks of the vocabulary.
+    wanted = ("hidden",) if kind == "resweep" else ("hidden", "weight", "bias")
+    leaves, how = batch.leaves(wanted), {"loss": "token", "backend": "triton", "return_stats": ("entropy",)}
+    problem = leaves.call(sf.explain_plan, **how).problem
+    small = max(problem.rows * FUSED_LEAST_COLS * problem.itemsize, problem.row_bytes)
+    workspace = problem.rows * problem.row_bytes if kind == "stream" else small
+    plan = leaves.call(sf.explain_plan, workspace=workspace, **how)
+    assert plan.kind == kind, plan
+    assert_as_exact(
+        batch,
+        function=function,
+        options=options,
+        wanted=wanted,
+        backend="triton",
+        workspace=workspace,
+        roundings=2,
+    )

@@ -190,7 +190,7 @@ class ChunkEngine:
         return Residual(values, gain)
 
     def residual_of(self, logits: Tensor, known: RowResults, mix: Mix | None, *, keeps: bool) -> Residual:
-        """As `residual_again`, of the (M, V) raw ``logits`` of all rows that were kept; over them, or ``keeps``."""
+        """As `residual_again`, of the (M, V) raw ``logits`` of all rows, and over them unless ``keeps``."""
         gain, rows = self._gain(known, mix), logits.shape[0]
         values = self._residual_buffer(rows) if keeps else logits
         self._write_residual(self.head.block(logits, self.targets), values, known, gain, mix, slice(0, rows))

@@ -189,10 +189,11 @@ class Plan:
         wanted = [
             name for name, on in (("hidden", p.want_hidden), ("weight", p.want_weight), ("bias", p.want_bias)) if on
         ]
-        losses = _LOSSES[p.unit] + (" and entropies" if p.mixes_entropy else "")
         lines = [
             f"plan         {self.kind}: {self.reason}",
-            f"problem      {losses}: {p.rows} labelled rows x {p.vocab_size} vocabulary x {p.hidden_size} hidden, {p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
+            f"problem      {_LOSSES[p.unit]}{' and entropies' if p.mixes_entropy else ''}: "
+            f"{p.rows} labelled rows x {p.vocab_size} vocabulary x {p.hidden_size} hidden, "
+            f"{p.itemsize} bytes each; gradients: {', '.join(wanted) or 'none'}",
             f"chunks       {len(self.chunks)} of at most {self.chunk_rows} rows"
             + (" (statistics; no logits are written)" if self.kind == "fused" else ""),
             *(
