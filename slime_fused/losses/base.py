@@ -121,7 +121,7 @@ def shares_and_gradient(
     an asynchronous assertion. TypeError for what is no `UnitTerms`.
     """
     logps = units.logps.detach().requires_grad_(wants_gradient)
-    with torch.enable_grad(), _above_operators():
+    with torch.enable_grad():
         values = loss.values(replace(units, logps=logps))
     _check_form(loss, units, values)
     share = units.given[WEIGHTS] / units.batch.units(loss.unit) if WEIGHTS in units.given else None
@@ -132,15 +132,6 @@ def shares_and_gradient(
     terms = {name: term.detach() * factor for name, term in values.terms.items()}
     metrics = {name: metric.detach() * plain_share for name, metric in values.metrics.items()}
     return UnitTerms(values.loss.detach() * factor, terms, metrics), d_logps
-
-
-def _above_operators() -> Any:
-    """A context in which autograd records, even inside the implementation of an operator, which runs below it."""
-    keys = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
-        excluded = excluded.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def exp_within_range(exponents: Tensor) -> Tensor:
