@@ -354,8 +354,9 @@ def _loss_of_units(
     batch = BatchCounts(len(lengths), own.shape[0], half)
     cut = {}
     for name, value in given.items():
-        values = torch.as_tensor(value, device=own.device)
-        values = values if values.dtype == torch.bool else values.to(own.dtype)
+        # A Python number would become float32 on the way to float64.
+        dtype = value.dtype if isinstance(value, Tensor) and value.dtype == torch.bool else own.dtype
+        values = torch.as_tensor(value, dtype=dtype, device=own.device)
         is_per_token = values.dim() > 0 and values.shape == labels.shape
         cut[name] = values[mask] if is_per_token else values
         if loss.unit == "token" and not is_per_token and values.dim() > 0:

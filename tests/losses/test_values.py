@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime_fused import losses as L
+from slime_fused import reference
 from tests.losses.batches import batches, evaluate, given_for, random_batch
 from tests.losses.formulas import CASES, ORACLES, oracle
 
@@ -227,3 +228,17 @@ def test_slimes_kernel_is_its_formula(loss, backend):
     assert_close(d_native, d_plain, rtol=1e-12, atol=1e-16)
     for name, term in plain.terms.items():
         assert_close(native.terms[name], term, rtol=1e-12, label=name)
+
+
+def test_the_oracle_takes_a_python_number_in_float64():
+    """0.1 by way of float32 would be 1e-9 off."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator).double() for shape in ((4, 3, 8), (16, 8)))
+    labels = torch.randint(0, 16, (4, 3), generator=generator)
+    known = {"ref_sum_logps": torch.full((4,), -8.0), "desirable": torch.tensor([True, False, False, True])}
+    exact = torch.tensor(0.1, dtype=torch.float64)
+    number, tensor = (
+        reference.preference_loss(hidden, weight, labels, loss=L.KTO(), kl_baseline=baseline, **known).loss
+        for baseline in (0.1, exact)
+    )
+    torch.testing.assert_close(number, tensor, rtol=1e-14, atol=0)
