@@ -98,6 +98,7 @@ class Data:
     cu_seqlens: Tensor  # (2P + 1,) int32, all positions
     rows: Tensor  # (M,) int64, positions that carry a label
     cu_valid: Tensor  # (2P + 1,) int32, valid positions only
+    ref_sum_logps: Tensor  # (2P,) float32, a reference model's log-probs summed over each response
 
 
 def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
@@ -109,6 +110,11 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
     labels = torch.randint(case.vocab, (2 * case.pairs, case.sequence_length), generator=gen, device=device)
     labels[:, : case.sequence_length - case.valid_per_sequence] = IGNORE_INDEX
     labels = labels.reshape(-1)
+    # What another head of the same spread would give: log-probs of mean -(log V + std^2 / 2), independent by token.
+    spread = (
+        torch.randn(2 * case.pairs, generator=gen, device=device) * LOGIT_STD * math.sqrt(case.valid_per_sequence)
+    )
+    ref_sum_logps = spread - case.valid_per_sequence * (math.log(case.vocab) + LOGIT_STD**2 / 2)
     starts = torch.arange(2 * case.pairs + 1, device=device, dtype=torch.int32)
     return Data(
         hidden=hidden.requires_grad_(),
@@ -117,6 +123,7 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
         cu_seqlens=starts * case.sequence_length,
         rows=torch.nonzero(labels != IGNORE_INDEX).flatten(),
         cu_valid=starts * case.valid_per_sequence,
+        ref_sum_logps=ref_sum_logps,
     )
 
 

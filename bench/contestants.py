@@ -17,6 +17,7 @@ import slime_fused
 from bench.cases import IGNORE_INDEX, Case, Data
 from slime_fused import reference
 from slime_fused.engine.plan import Plan
+from slime_fused.engine.units import Loss
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ BASELINES = (
 # --- this package ----------------------------------------------------------------------------------------------
 
 
-def planned(operation: str, backend: str, workspace: int | str | None) -> Callable[[Case, Data], Plan]:
+def planned(operation: str | Loss, backend: str, workspace: int | str | None) -> Callable[[Case, Data], Plan]:
     """The plan of a call of this package with the case's shapes; ``workspace`` None takes the case's."""
 
     def explain(case: Case, data: Data) -> Plan:

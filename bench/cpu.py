@@ -1,7 +1,8 @@
-"""The CPU benchmark: `python -m bench.cpu [--quick] [--out DIR]`.
+"""The CPU benchmark: `python -m bench.cpu [--losses] [--quick] [--out DIR]`.
 
 Time: contestants interleaved in one process per case, medians. Memory: the resident high-water mark, one process
-per contestant. Errors: every contestant against float64 before it is timed.
+per contestant. Errors: every contestant against float64 before it is timed. ``--losses`` measures DPO and SimPO
+instead, and writes `losses.json` in place of `cpu.json`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ _ALL = (
 )
 _MEAN = ("ce-slime_fused", "ce-naive", "ce-torch-linear")
 _FEW = ("products", "slime_fused", "slime_fused-auto", "naive", "naive-no-upcast")
+# First what a loss costs beside SLIME, with enough rounds for differences of a percent; then who else has it.
+_LOSSES_OURS = ("products", "slime_fused", "dpo-slime_fused", "simpo-slime_fused")
+_LOSSES_PEERS = (
+    "products",
+    *(
+        f"{loss}-{name}"
+        for loss in ("dpo", "simpo")
+        for name in ("naive", "naive-compiled", "trl-fused-head", "liger")
+    ),
+)
+_LOSSES_CASES = ("v32k-fp32", "v32k-bf16", "v32k-fp32-m50")
+_LOSSES_MEMORY = (
+    *_LOSSES_OURS[1:],
+    *(f"dpo-{name}" for name in ("naive", "naive-compiled", "trl-fused-head", "liger")),
+)
 _MEMORY = ("slime_fused", "slime_fused-logps", "naive", "naive-cross-entropy", "torch-linear-ce")
 
 
@@ -60,6 +76,27 @@ def default_batches() -> tuple[Batch, ...]:
         for case in CPU_CASES
     ]
     return (*timed, Batch(CPU_MEMORY_CASE, _MEMORY, MEMORY_PROTOCOL))
+
+
+def losses_batches() -> tuple[Batch, ...]:
+    """DPO and SimPO: times of three cases, memory of the first."""
+    cases = [ALL_CASES[name] for name in _LOSSES_CASES]
+    ours, peers = replace(CPU_PROTOCOL, rounds=9), replace(CPU_PROTOCOL, rounds=3)
+    return (
+        *(Batch(case, _LOSSES_OURS, ours) for case in cases),
+        *(Batch(case, _LOSSES_PEERS, peers) for case in cases),
+        Batch(cases[0], _LOSSES_MEMORY, MEMORY_PROTOCOL),
+    )
+
+
+def quick_losses_batches() -> tuple[Batch, ...]:
+    """The same on tiny problems, without what needs a compiler."""
+    quick = replace(CPU_PROTOCOL, rounds=2)
+    return (
+        *(Batch(case, _LOSSES_OURS, quick) for case in QUICK_CASES),
+        *(Batch(case, ("products", "dpo-naive", "simpo-naive"), quick) for case in QUICK_CASES),
+        Batch(QUICK_CASES[0], _LOSSES_OURS[1:], MEMORY_PROTOCOL),
+    )
 
 
 def quick_batches() -> tuple[Batch, ...]:
@@ -85,10 +122,15 @@ def run_batch(batch: Batch, *, in_process: bool = False) -> list[Row]:
 
 
 def with_memory(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``rows`` and ``new``, where a memory row joins the timed row of the same case and contestant."""
+    """``rows`` and ``new``, where a memory row joins the timed row of the same case and contestant.
+
+    The products of the first batch of a case stay: every row has its ratios to those of its own process.
+    """
     table = {(row.case, row.contestant): row for row in rows}
     for row in new:
         key = (row.case, row.contestant)
+        if row.contestant == "products" and key in table:
+            continue
         if key in table and row.median_ms is None and row.status != FAILED:
             table[key] = replace(table[key], peak_bytes=row.peak_bytes)
         else:
@@ -99,17 +141,23 @@ def with_memory(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code says whether any row of this package failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__)
+    parser.add_argument("--losses", action="store_true", help="DPO and SimPO, minutes; writes losses.json")
     parser.add_argument("--quick", action="store_true", help="tiny problems, a few seconds")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file")
     parser.add_argument("--cases", nargs="*", default=[], choices=sorted(ALL_CASES), metavar="CASE")
     args = parser.parse_args(argv)
 
-    batches = quick_batches() if args.quick else default_batches()
+    if args.losses:
+        batches = quick_losses_batches() if args.quick else losses_batches()
+    else:
+        batches = quick_batches() if args.quick else default_batches()
     batches = tuple(batch for batch in batches if not args.cases or batch.case.name in args.cases)
     machine = describe_machine(torch.device("cpu"))
-    path = (args.out or RESULTS / machine_slug(machine)) / "cpu.json"
+    path = (args.out or RESULTS / machine_slug(machine)) / ("losses.json" if args.losses else "cpu.json")
     settings = {
-        f"{batch.case.name}: {'time' if batch.protocol.time else 'memory'}": asdict(batch.protocol)
+        f"{batch.case.name}: {'time' if batch.protocol.time else 'memory'} of {', '.join(batch.contestants)}": asdict(
+            batch.protocol
+        )
         for batch in batches
     }
     rows: list[Row] = []

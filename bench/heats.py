@@ -13,7 +13,7 @@ from bench.runner import GPU_PROTOCOL, HEADLINE_PROTOCOL, Protocol
 STAGES = ("headline", "rows")
 
 _OURS = ("slime_fused", "slime_fused-auto")
-_OURS_MORE = ("slime_fused-256MiB", "slime_fused-logps", "ce-slime_fused", "simpo-slime_fused")
+_OURS_MORE = ("slime_fused-256MiB", "slime_fused-logps", "ce-slime_fused", "dpo-slime_fused", "simpo-slime_fused")
 # The strongest first. Those that are not installed cost nothing: no process is started for them.
 _PEERS_FAST = (
     "ce-quack",
@@ -23,7 +23,10 @@ _PEERS_FAST = (
     "unsloth-logps",
     "rl-kernel",
 )
-_PEERS_MORE = ("cce", "cce-exact", "liger-ce-none", "ce-liger", "simpo-liger")
+_PEERS_MORE = ("cce", "cce-exact", "liger-ce-none", "ce-liger")
+# DPO and SimPO beside this package's: first the peers, then plain PyTorch.
+_PREFERENCES = ("dpo-trl-fused-head", "dpo-liger", "simpo-liger", "simpo-trl-fused-head", "dpo-naive")
+_PREFERENCES_MORE = ("simpo-naive", "dpo-naive-compiled", "simpo-naive-compiled")
 _BASELINE = ("naive-no-upcast", "naive", "naive-cross-entropy", "torch-linear-ce", "ce-naive", "ce-torch-linear")
 _BACKENDS = (
     "slime_fused-cuda",
@@ -32,7 +35,7 @@ _BACKENDS = (
     *(contestant.name for contestant in OURS_SMALL),
 )
 _SHORT = ("slime_fused", "slime_fused-auto", "naive", "trl-fused-head")
-_PEERS_SHORT = ("cce", "liger-ce-none", "simpo-liger", "simpo-slime_fused")
+_PEERS_SHORT = ("cce", "liger-ce-none", "dpo-liger", "dpo-slime_fused", "simpo-liger", "simpo-slime_fused")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def row_heats() -> tuple[Heat, ...]:
         Heat((HEADLINE,), _OURS_MORE),
         Heat((HEADLINE,), _PEERS_FAST),
         Heat((HEADLINE,), _BASELINE),
+        Heat((HEADLINE,), _PREFERENCES),
         Heat(HEADLINES[1:3], ("ce-slime_fused", *_PEERS_FAST)),
         Heat(others[:5], _OURS),
         Heat((HEADLINE,), _BACKENDS),
@@ -64,6 +68,7 @@ def row_heats() -> tuple[Heat, ...]:
         Heat(others[:5], _SHORT[2:]),
         Heat(others[5:], _SHORT),
         Heat(others[:5], _PEERS_SHORT),
+        Heat((HEADLINE,), _PREFERENCES_MORE),
         Heat((HEADLINE,), ("ce-quack-tuned",)),
     )
 

@@ -17,31 +17,49 @@ from bench.cases import Case, Data
 from bench.contestants import Gradients
 from slime_fused import reference
 
-# (M,) log-probs of the rows that carry a label and (2P + 1,) boundaries -> scalar loss
-Objective = Callable[[Tensor, Tensor], Tensor]
+# (M,) log-probs of the rows that carry a label, (2P + 1,) boundaries and the reference's (2P,) sums -> scalar loss
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+DPO_BETA = 0.1
 # Liger's defaults, against which SimPO is compared.
-_SIMPO_BETA, _SIMPO_GAMMA = 0.1, 0.5
+SIMPO_BETA, SIMPO_GAMMA = 0.1, 0.5
 
 
-def slime(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+def slime(logps: Tensor, cu_seqlens: Tensor, ref_sum_logps: Tensor) -> Tensor:
     """The SLIME loss with the paper's defaults."""
     return reference.slime_terms(logps, cu_seqlens).loss
 
 
-def simpo(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+def dpo(logps: Tensor, cu_seqlens: Tensor, ref_sum_logps: Tensor) -> Tensor:
+    """DPO (arXiv 2305.18290); sequences must be of equal length."""
+    chosen, rejected = (logps.view(cu_seqlens.numel() - 1, -1).sum(dim=1) - ref_sum_logps).chunk(2)
+    return -F.logsigmoid(DPO_BETA * (chosen - rejected)).mean()
+
+
+def dpo_zero_reference(logps: Tensor, cu_seqlens: Tensor, ref_sum_logps: Tensor) -> Tensor:
+    """DPO with a reference that gives both responses of a pair the same."""
+    return dpo(logps, cu_seqlens, torch.zeros_like(ref_sum_logps))
+
+
+def simpo(logps: Tensor, cu_seqlens: Tensor, ref_sum_logps: Tensor) -> Tensor:
     """SimPO (arXiv 2405.14734) without its optional NLL term; sequences must be of equal length."""
     means = logps.view(cu_seqlens.numel() - 1, -1).mean(dim=1)
     chosen, rejected = means.chunk(2)
-    return -F.logsigmoid(_SIMPO_BETA * (chosen - rejected) - _SIMPO_GAMMA).mean()
+    return -F.logsigmoid(SIMPO_BETA * (chosen - rejected) - SIMPO_GAMMA).mean()
 
 
-def cross_entropy(logps: Tensor, cu_seqlens: Tensor) -> Tensor:
+def cross_entropy(logps: Tensor, cu_seqlens: Tensor, ref_sum_logps: Tensor) -> Tensor:
     """Mean negative log-likelihood."""
     return -logps.mean()
 
 
-OBJECTIVES: dict[str, Objective] = {"slime": slime, "simpo": simpo, "cross_entropy": cross_entropy}
+OBJECTIVES: dict[str, Objective] = {
+    "slime": slime,
+    "dpo": dpo,
+    "dpo-zero-reference": dpo_zero_reference,
+    "simpo": simpo,
+    "cross_entropy": cross_entropy,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ def float64_gradients(case: Case, data: Data, objective: str) -> Gradients:
         labels = torch.cat([data.labels[chosen], data.labels[rejected]])
         rows = torch.nonzero(labels >= 0).flatten()
         logps = reference.linear_logprobs(hidden, weight, labels).index_select(0, rows)
-        loss = loss_of(logps, cu_pair) / pairs
+        loss = loss_of(logps, cu_pair, data.ref_sum_logps[p::pairs].double()) / pairs
         loss.backward()
         total += float(loss.detach())
         assert hidden.grad is not None

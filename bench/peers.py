@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import IGNORE_INDEX, Case, Data
-from bench.contestants import Contestant, Refusal, Step, differentiate, logps_contestant, planned
+from bench.contestants import Contestant, Refusal, Step, differentiate, logps_contestant
 
 # Vocabulary columns of one tile in TRL's trainers (its default; the token dimension is fixed at 4096).
 _TRL_VOCAB_TILE = 32768
@@ -43,7 +43,7 @@ def peer_versions() -> dict[str, str]:
     return versions
 
 
-def _needs(*modules: str, gpu: bool = True) -> Refusal:
+def needs(*modules: str, gpu: bool = True) -> Refusal:
     """A refusal for a machine without one of ``modules`` (top-level names) or, with ``gpu``, without a GPU."""
 
     def refuses(case: Case, device: torch.device) -> str | None:
@@ -57,7 +57,7 @@ def _needs(*modules: str, gpu: bool = True) -> Refusal:
 
 def _needs_hopper(*modules: str) -> Refusal:
     """The same for kernels that compute capability 9.0 alone runs, and that take bfloat16 alone."""
-    installed = _needs(*modules)
+    installed = needs(*modules)
 
     def refuses(case: Case, device: torch.device) -> str | None:
         reason = installed(case, device)
@@ -74,15 +74,18 @@ def _needs_hopper(*modules: str) -> Refusal:
 # --- TRL: the fused head of its trainers -----------------------------------------------------------------------
 
 
-def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """TRL's fused head on the rows that carry a label, scattered back: what `add_fused_lm_head` runs."""
+def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...] = ("log_probs",)) -> Tensor:
+    """(N,) log-probs by TRL's fused head, as `add_fused_lm_head` runs it: 0 where there is no label.
+
+    Where its Triton kernels run, the rows that carry a label alone are multiplied; on a CPU all are.
+    """
     from trl.kernels import ChunkedLogProbFunction
 
     mask = labels != IGNORE_INDEX
-    logps, *_ = ChunkedLogProbFunction.apply(
-        hidden[mask], weight, None, labels[mask], 1.0, _TRL_VOCAB_TILE, None, 1.0, ("log_probs",)
-    )
-    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+    compact = hidden.device.type == "cuda"
+    rows, targets = (hidden[mask], labels[mask]) if compact else (hidden, labels.clamp(min=0))
+    logps, *_ = ChunkedLogProbFunction.apply(rows, weight, None, targets, 1.0, _TRL_VOCAB_TILE, None, 1.0, outputs)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps) if compact else logps.masked_fill(~mask, 0)
 
 
 # --- Apple cut cross entropy -----------------------------------------------------------------------------------
@@ -120,20 +123,6 @@ def _liger_scaled_logps(data: Data) -> Tensor:
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(
         data.hidden, data.weight, data.labels, 1.0, IGNORE_INDEX
     ).float()
-
-
-def _build_liger_simpo(case: Case, data: Data) -> Step:
-    from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
-
-    loss_module = LigerFusedLinearSimPOLoss(ignore_index=IGNORE_INDEX, compute_nll_loss=False)
-    shape = (2 * case.pairs, case.sequence_length)
-    labels = data.labels.view(shape)
-
-    def loss() -> Tensor:
-        out = loss_module(data.weight, data.hidden.view(*shape, case.hidden), labels)
-        return out[0] if isinstance(out, tuple) else out
-
-    return differentiate(data, loss)
 
 
 def _build_liger_mean(case: Case, data: Data) -> Step:
@@ -200,75 +189,41 @@ def _quack_mean(*, tuned: bool) -> Callable[[Case, Data], Step]:
     return build
 
 
-# --- SimPO through this package, for Liger's preference path ---------------------------------------------------
-
-
-def _build_ours_simpo(case: Case, data: Data) -> Step:
-    import slime_fused
-    from bench.oracle import simpo
-
-    def loss() -> Tensor:
-        logps = slime_fused.linear_logprobs(
-            data.hidden, data.weight, data.labels, cu_seqlens=data.cu_seqlens, workspace=case.workspace or "auto"
-        )
-        return simpo(logps.index_select(0, data.rows), data.cu_valid)
-
-    return differentiate(data, loss)
-
-
-OURS_SIMPO = Contestant(
-    "simpo-slime_fused",
-    "ours",
-    "simpo",
-    _build_ours_simpo,
-    "SimPO in PyTorch over linear_logprobs",
-    backend="auto",
-    explain=planned("token", "auto", None),
-)
-
 PEERS = (
     logps_contestant(
         "trl-fused-head",
         "trl",
         lambda data: trl_logps(data.hidden, data.weight, data.labels),
         "ChunkedLogProbFunction as its trainers call it; SLIME terms in PyTorch",
-        refuses=_needs("trl", "datasets", gpu=False),
+        refuses=needs("trl", "datasets", gpu=False),
     ),
     logps_contestant(
         "cce",
         "cce",
         _cce_logps("cce"),
         'linear_cross_entropy(reduction="none"), defaults (filters small gradients); SLIME terms in PyTorch',
-        refuses=_needs("cut_cross_entropy"),
+        refuses=needs("cut_cross_entropy"),
     ),
     logps_contestant(
         "cce-exact",
         "cce",
         _cce_logps("cce_exact"),
         'impl="cce_exact": no filter, float32 accumulation; SLIME terms in PyTorch',
-        refuses=_needs("cut_cross_entropy"),
+        refuses=needs("cut_cross_entropy"),
     ),
     logps_contestant(
         "liger-ce-none",
         "liger",
         _liger_ce_logps,
         'LigerFusedLinearCrossEntropyLoss(reduction="none"); SLIME terms in PyTorch',
-        refuses=_needs("liger_kernel"),
+        refuses=needs("liger_kernel"),
     ),
     logps_contestant(
         "liger-scaled",
         "liger-scaled",
         _liger_scaled_logps,
         "LigerFusedLinearScaledCrossEntropyFunction; SLIME terms in PyTorch",
-        refuses=_needs("liger_kernel"),
-    ),
-    Contestant(
-        "simpo-liger",
-        "liger-simpo",
-        "simpo",
-        _build_liger_simpo,
-        "LigerFusedLinearSimPOLoss, no NLL term: its nearest preference loss",
-        _needs("liger_kernel"),
+        refuses=needs("liger_kernel"),
     ),
     Contestant(
         "ce-liger",
@@ -276,7 +231,7 @@ PEERS = (
         "cross_entropy",
         _build_liger_mean,
         "mean LigerFusedLinearCrossEntropyLoss",
-        _needs("liger_kernel"),
+        needs("liger_kernel"),
     ),
     Contestant(
         "ce-liger-sm90",
@@ -292,7 +247,7 @@ PEERS = (
         "cross_entropy",
         _quack_mean(tuned=False),
         "mean chunked_linear_cross_entropy(tuned=False), chunks of 4096 rows",
-        _needs("quack", "cutlass"),
+        needs("quack", "cutlass"),
     ),
     Contestant(
         "ce-quack-tuned",
@@ -300,14 +255,14 @@ PEERS = (
         "cross_entropy",
         _quack_mean(tuned=True),
         "the same with its default tuned=True, which tries every configuration on the first call of a shape",
-        _needs("quack", "cutlass"),
+        needs("quack", "cutlass"),
     ),
     logps_contestant(
         "unsloth-logps",
         "unsloth",
         _unsloth_logps,
         "fused_linear_token_logps of unsloth_zoo, defaults; SLIME terms in PyTorch",
-        refuses=_needs("unsloth", "unsloth_zoo"),
+        refuses=needs("unsloth", "unsloth_zoo"),
     ),
     logps_contestant(
         "rl-kernel",

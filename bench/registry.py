@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from bench.contestants import BASELINES, OURS, OURS_BACKENDS, OURS_SMALL, PRODUCTS
-from bench.peers import OURS_SIMPO, PEERS
+from bench.peers import PEERS
+from bench.preferences import OURS_PREFERENCES, PREFERENCES
 
-CONTESTANTS = {c.name: c for c in (PRODUCTS, *BASELINES, *OURS, *OURS_BACKENDS, *OURS_SMALL, OURS_SIMPO, *PEERS)}
+CONTESTANTS = {
+    c.name: c
+    for c in (
+        PRODUCTS,
+        *BASELINES,
+        *OURS,
+        *OURS_BACKENDS,
+        *OURS_SMALL,
+        *OURS_PREFERENCES,
+        *PREFERENCES,
+        *PEERS,
+    )
+}
 
 
 def families(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,8 @@
 """Result files as markdown: `python -m bench.report` rewrites the tables between markers in README.md.
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu`, `gpu` or `end_to_end`. Plots
-go to docs/ beside it. Only committed result files are read, so every number in a table has its raw samples.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu`, `losses`, `gpu` or
+`end_to_end`. Plots go to docs/ beside it. Only committed result files are read, so every number in a table has its raw
+samples.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=None, help="folder for PNG plots (default: none are drawn)")
     parser.add_argument("--print", action="store_true", help="print the tables and touch no file")
     args = parser.parse_args(argv)
-    for kind in ("cpu", "gpu"):
+    for kind in ("cpu", "losses", "gpu"):
         runs = stored_runs(kind, args.results)
         if not runs:
             continue
@@ -180,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if kind == "cpu" and "<!-- bench:summary -->" in text:
             text = splice(text, "summary", summary_markdown(runs[0]))
         args.readme.write_text(text)
-        if args.plots is not None:
+        if args.plots is not None and kind != "losses":
             from bench.plots import draw
 
             for path in draw(runs[0], kind, args.plots):

@@ -59,10 +59,45 @@ def test_quick_cpu_benchmark_writes_a_complete_result_file(tmp_path):
     assert memory.peak_bytes >= 0
 
 
+@pytest.mark.slow
+def test_quick_losses_benchmark_compares_with_slime_in_one_process(tmp_path):
+    assert cpu.main(["--losses", "--quick", "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "cpu.json").exists()
+    run = read_run(tmp_path / "losses.json")
+    for case in run.cases:
+        yardstick = run.row(case, "products")
+        assert yardstick is not None
+        for name in ("slime_fused", "dpo-slime_fused", "simpo-slime_fused"):
+            row = run.row(case, name)
+            assert row is not None
+            assert row.status == OK
+            # The products of the same process, not those of the batch of plain PyTorch.
+            assert row.products_ms == yardstick.median_ms
+        assert run.row(case, "dpo-naive").status == OK
+    assert run.row("quick-fp32", "dpo-slime_fused").peak_bytes is not None
+
+
+def test_losses_are_compared_with_slime_and_with_all_who_have_them():
+    batches = cpu.losses_batches()
+    timed = [batch for batch in batches if batch.protocol.time]
+    for case in {batch.case.name for batch in timed}:
+        names = [name for batch in timed if batch.case.name == case for name in batch.contestants]
+        preferences = {name for name, c in CONTESTANTS.items() if c.objective.startswith(("dpo", "simpo"))}
+        assert set(names) == preferences | {"products", "slime_fused"}
+    assert {(b.case.vocab, b.case.dtype, b.case.masked) for b in timed} == {
+        (32000, "float32", 0.0),
+        (32000, "bfloat16", 0.0),
+        (32000, "float32", 0.5),
+    }
+
+
 def test_memory_joins_the_timed_row_of_the_same_contestant():
     timed = Row("c", "x", "slime", OK, median_ms=2.0, error_d_hidden=0.5)
     merged = cpu.with_memory([timed], [Row("c", "x", "slime", OK, peak_bytes=7)])
     assert merged == [Row("c", "x", "slime", OK, median_ms=2.0, error_d_hidden=0.5, peak_bytes=7)]
+    # The products head every batch of a case; those of the first stay.
+    first, second = (Row("c", "products", "products", OK, median_ms=ms) for ms in (1.0, 2.0))
+    assert cpu.with_memory([first], [second]) == [first]
     failed = Row("c", "x", "slime", FAILED, "why")
     assert cpu.with_memory([timed], [failed]) == [failed]
 

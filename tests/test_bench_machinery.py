@@ -13,7 +13,7 @@ from bench import plots, report
 from bench.cases import ALL_CASES, IGNORE_INDEX, LOGIT_STD, MIB, QUICK_CASES, Case, make_data
 from bench.contestants import Contestant, Gradients, differentiate
 from bench.measure import CpuClock, Timing, interleave, peak_memory
-from bench.oracle import OBJECTIVES, errors, float64_gradients, relative_error, simpo
+from bench.oracle import OBJECTIVES, dpo, errors, float64_gradients, relative_error, simpo
 from bench.registry import CONTESTANTS, families
 from bench.results import FAILED, OK, UNSUPPORTED, Row, Run, read_run, slug, write_run
 from bench.runner import Protocol, run_case
@@ -77,7 +77,7 @@ def test_every_published_case_has_a_name_of_its_own_and_whole_pairs():
 def test_pairwise_oracle_equals_autograd_over_the_whole_batch(objective):
     data = make_data(CASE, CPU)
     logps = reference.linear_logprobs(data.hidden, data.weight, data.labels)
-    loss = OBJECTIVES[objective](logps[data.rows], data.cu_valid)
+    loss = OBJECTIVES[objective](logps[data.rows], data.cu_valid, data.ref_sum_logps)
     loss.backward()
     whole = Gradients(loss.detach(), data.hidden.grad, data.weight.grad)
     found = errors(float64_gradients(CASE, data, objective), whole)
@@ -93,7 +93,25 @@ def test_simpo_by_hand():
     logps = torch.tensor([-1.0, -2.0, -3.0, -5.0])
     # means -1.5 and -4: 0.1 * 2.5 - 0.5 = -0.25; -log sigmoid(-0.25) = log(1 + e^0.25)
     expected = torch.log1p(torch.exp(torch.tensor(0.25)))
-    assert float(simpo(logps, torch.tensor([0, 2, 4]))) == pytest.approx(float(expected), rel=1e-6)
+    assert float(simpo(logps, torch.tensor([0, 2, 4]), torch.zeros(2))) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_dpo_by_hand():
+    logps = torch.tensor([-1.0, -2.0, -3.0, -5.0])
+    # sums -3 and -8, ratios -3 + 4 = 1 and -8 + 10 = 2: -log sigmoid(0.1 * -1) = log(1 + e^0.1)
+    expected = torch.log1p(torch.exp(torch.tensor(0.1)))
+    found = dpo(logps, torch.tensor([0, 2, 4]), torch.tensor([-4.0, -10.0]))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_reference_logps_are_drawn_per_response_at_the_scale_of_the_policys():
+    """They must differ within a pair, or the loss would not see them; and leave the logistic its slope."""
+    case = CASE.but(tokens=4096, hidden=256, vocab=4001, dtype="float32", pairs=64)
+    data = make_data(case, CPU)
+    sums = reference.linear_logprobs(data.hidden, data.weight, data.labels).detach().view(128, -1).sum(1)
+    assert data.ref_sum_logps.shape == (128,)
+    assert float(data.ref_sum_logps.mean()) == pytest.approx(float(sums.mean()), rel=0.02)
+    assert float(data.ref_sum_logps.std()) == pytest.approx(float(sums.std()), rel=0.25)
 
 
 def test_relative_error_is_a_ratio_of_norms_and_never_passes_nonsense():
@@ -106,12 +124,26 @@ def test_relative_error_is_a_ratio_of_norms_and_never_passes_nonsense():
     assert nan != nan
 
 
-@pytest.mark.parametrize("name", ["naive", "naive-cross-entropy", "slime_fused", "slime_fused-logps"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "naive",
+        "naive-cross-entropy",
+        "slime_fused",
+        "slime_fused-logps",
+        *(f"{loss}-{who}" for loss in ("dpo", "simpo") for who in ("naive", "slime_fused", "trl-fused-head")),
+    ],
+)
 @pytest.mark.parametrize("case", QUICK_CASES, ids=lambda case: case.name)
 def test_contestants_agree_with_the_oracle(name, case):
+    contestant = CONTESTANTS[name]
+    reason = contestant.supports(case, CPU)
+    if reason is not None:
+        pytest.skip(reason)
     data = make_data(case, CPU)
-    gradients = CONTESTANTS[name].prepare(case, data)()
-    found = errors(gradients, float64_gradients(case, data, "slime"))
+    gradients = contestant.prepare(case, data)()
+    found = errors(gradients, float64_gradients(case, data, contestant.objective))
+    assert found.loss < (1e-5 if case.dtype == "float32" else 2e-3)
     assert found.worst_gradient < (1e-5 if case.dtype == "float32" else 2e-2)
     assert (gradients.d_weight is None) == case.frozen_head
 

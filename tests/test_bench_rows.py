@@ -25,7 +25,9 @@ CASE = Case("case", tokens=48, hidden=16, vocab=101, dtype="float64", pairs=2, m
 # --- what ran ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["slime_fused", "slime_fused-logps", "ce-slime_fused", "simpo-slime_fused"])
+@pytest.mark.parametrize(
+    "name", ["slime_fused", "slime_fused-logps", "ce-slime_fused", "dpo-slime_fused", "simpo-slime_fused"]
+)
 def test_a_row_says_what_ran(name):
     (row,) = run_case(QUICK_CASES[0], [CONTESTANTS[name]], CPU, Protocol(rounds=1))
     native = get_backend("cpu").available()[0]
