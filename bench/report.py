@@ -1,8 +1,8 @@
 """Result files as markdown: `python -m bench.report` rewrites the tables between markers in README.md.
 
 A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is `cpu`, `losses`, `gpu` or
-`end_to_end`. Plots go to docs/ beside it. Only committed result files are read, so every number in a table has its raw
-samples.
+`end_to_end`. Plots go to docs/ beside it. Only committed result files are read, so every number in a table has its
+raw samples.
 """
 
 from __future__ import annotations
