@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,14 +28,18 @@ class Formula:
     want checking does so in ``__post_init__`` and calls that of this class in the end.
     """
 
-    def __post_init__(self) -> None:
-        """Name the value: a tracer that reads ``key`` then finds a constant."""
-        _ = self.key
+    is_literal: ClassVar[bool] = True
+    """Whether the fields are numbers, strings, None or tuples of these."""
+    _key: ClassVar[str] = ""
 
-    @cached_property
+    def __post_init__(self) -> None:
+        """Name the value at once, as a plain attribute: what a tracer reads is a constant."""
+        object.__setattr__(self, "_key", register(self, is_literal=self.is_literal))
+
+    @property
     def key(self) -> str:
         """See `Loss.key`."""
-        return register(self)
+        return self._key
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By the fields: a copy, in this process or another, gets a name of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from slime_fused.losses.hyperparameters import require_choice, require_number
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 StabilizerReduction = Literal["sequence", "token"]
 _REDUCTIONS = ("sequence", "token")
+_NUMBERS = ("lambda_w", "lambda_l", "lambda_d", "delta", "margin_hard", "margin_soft", "kappa", "power")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,8 @@ class SlimeHyperparameters:
     stabilizer_reduction: StabilizerReduction = "sequence"
 
     def __post_init__(self) -> None:
-        for field in fields(SlimeHyperparameters):
-            if field.name != "stabilizer_reduction":
-                require_number(self, field.name)
+        for name in _NUMBERS:
+            require_number(self, name)
         for name in ("lambda_w", "lambda_l", "lambda_d"):
             require_number(self, name, least=0, kind="weight")
         require_number(self, "kappa", above=0)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from slime_fused.engine.units import Loss, Unit, UnitTerms
 from slime_fused.losses.base import Formula
 from slime_fused.losses.hyperparameters import require_choice, require_flag
-from slime_fused.losses.registry import register
 
 _ATTRIBUTE = "_slime_fused_loss"
 """Of a function: its `Own`."""
@@ -46,6 +44,8 @@ class Own(Formula):
     Raises TypeError for what is no function, or for fields of the wrong kind; ValueError for an unknown unit.
     """
 
+    is_literal: ClassVar[bool] = False
+
     function: UnitFunction
     unit: Unit = "pair"
     needs_batch: bool = False
@@ -64,11 +64,6 @@ class Own(Formula):
                 raise TypeError(f"{field}: expected a tuple of names, got {names!r}")
             object.__setattr__(self, field, tuple(names))
         super().__post_init__()
-
-    @cached_property
-    def key(self) -> str:
-        """See `Loss.key`."""
-        return register(self, is_literal=False)
 
     @property
     def name(self) -> str:

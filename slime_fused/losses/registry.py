@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -23,14 +23,16 @@ _others: WeakValueDictionary[str, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(loss: Any, *, is_literal: bool = True) -> str:
+def register(loss: Any, *, is_literal: bool) -> str:
     """A key for a frozen dataclass, under which `loss_of` finds it or its equal.
 
     ``is_literal`` says that its fields are numbers, strings, None or tuples of these.
     """
     cls = type(loss)
     if is_literal and cls.__module__.startswith(f"{_SHIPPED}."):
-        return f"{cls.__module__}.{loss!r}"
+        # Not by repr, whose guard against recursion no tracer follows.
+        values = ", ".join([f"{field.name}={getattr(loss, field.name)!r}" for field in fields(loss)])
+        return f"{cls.__module__}.{cls.__qualname__}({values})"
     key = f"{cls.__module__}.{cls.__qualname__}#{next(_numbers)}"
     _others[key] = loss
     return key
