@@ -14,7 +14,10 @@ from slime_fused.autograd.unit_losses import UnitLossFunction
 from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import check_pairs
-from slime_fused.engine.units import Loss
+from slime_fused.engine.units import GIVEN_PER_SEQUENCE, GIVEN_PER_TOKEN, Loss
+
+_ARGUMENTS = (*GIVEN_PER_SEQUENCE, *GIVEN_PER_TOKEN, "kl_baseline", "loss_weights", "advantages")
+"""Keys of what a loss is given by arguments."""
 
 
 def run_loss(
@@ -104,12 +107,12 @@ class GivenChecks:
             raise TypeError(f"{name}: expected a bool tensor, got {value.dtype}")
         return self.per_sequence(name, value)
 
-    def extras(
-        self, extra: Mapping[str, Tensor] | None, loss: Loss, given: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def extras(self, extra: Mapping[str, Tensor] | None, loss: Loss) -> dict[str, Tensor]:
         """What a loss of one's own is given beside the arguments that have a name."""
+        if not isinstance(extra, (Mapping, type(None))):
+            raise TypeError(f"extra: expected a mapping of names to tensors, got {type(extra).__name__}")
         for name in extra or {}:
-            if not isinstance(name, str) or not name.isidentifier() or name in given:
+            if not isinstance(name, str) or not name.isidentifier() or name in _ARGUMENTS:
                 raise ValueError(f"extra: expected names of its own that are identifiers, got {name!r}")
         return {name: self._any_of(f"extra[{name!r}]", value, loss) for name, value in (extra or {}).items()}
 
