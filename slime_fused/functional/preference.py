@@ -143,8 +143,8 @@ def preference_loss(
         weight: (V, D).
         labels: (S, T) or (N,), or their `token_layout`.
         loss: a value of `slime_fused.losses`, or a function of `Pairs` that returns the loss of each, (P,): their
-            mean over the batch is the loss. (`torch.compile` breaks its graph where it meets a function that was never
-            used, or made an `Own`, outside: not with ``fullgraph=True``.)
+            mean over the batch is the loss. (`torch.compile` breaks its graph where it meets a function that was
+            never used, or made an `Own`, outside: an error with ``fullgraph=True``.)
         ref_chosen_sum_logps: (P,) a reference model's log-prob of each chosen response, summed over its tokens.
         ref_rejected_sum_logps: (P,) of each rejected response.
         ref_chosen_mean_logps: (P,) instead: the mean over the tokens of each chosen response.
