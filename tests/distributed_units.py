@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -100,3 +101,16 @@ def check_units_by_pairs(name: str) -> None:
     ):
         dist.all_reduce(got)
         torch.testing.assert_close(got / world, expected, rtol=1e-12, atol=1e-13)
+
+
+def checks(take: Any, bounds: tuple[int, ...]) -> dict[str, Callable[[Any], None]]:
+    """By name; each is called with the worker's groups. ``take`` is the worker's: a part of a tensor."""
+    return {
+        **{
+            f"vocabulary-{name}": lambda groups, n=name: check_units_by_vocabulary(n, groups.all, bounds, take)
+            for name in NAMES
+        },
+        **{f"tokens-{name}": lambda groups, n=name: check_units_by_tokens(n, groups.row, take) for name in NAMES},
+        # KTO's baseline of a batch is each process's own.
+        **{f"batch-{name}": lambda _, n=name: check_units_by_pairs(n) for name in NAMES if name != "kto_batch"},
+    }

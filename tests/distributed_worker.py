@@ -22,8 +22,8 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
+from tests import distributed_units
 from tests.distributed_stats import check_merged_stats
-from tests.distributed_units import NAMES, check_units_by_pairs, check_units_by_tokens, check_units_by_vocabulary
 from tests.statistics_support import assert_as_exact
 from tests.support import Batch, assert_as_exact_as_plain, assert_close, make_batch, pack, run
 
@@ -374,16 +374,7 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
     "documented_example": check_documented_example,
     "batch-sequence": lambda groups: check_batch(groups, "sequence"),
     "batch-token": lambda groups: check_batch(groups, "token"),
-    **{
-        f"{kind}-{name}": (lambda groups, f=check, n=name: f(n, groups))
-        for kind, check in {
-            "vocabulary": lambda name, groups: check_units_by_vocabulary(name, groups.all, VOCAB_BOUNDS, take),
-            "tokens": lambda name, groups: check_units_by_tokens(name, groups.row, take),
-        }.items()
-        for name in NAMES
-    },
-    # KTO's baseline of a batch is each process's own.
-    **{f"batch-{name}": (lambda _, n=name: check_units_by_pairs(n)) for name in NAMES if name != "kto_batch"},
+    **distributed_units.checks(take, VOCAB_BOUNDS),
     "refusals": check_refusals,
 }
 
@@ -406,5 +397,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     sys.stdout.flush()
-    # About one run in ten, gloo's process group waits for its threads forever in its destructor.
-    os._exit(0)
+    os._exit(0)  # About one run in ten, gloo's process group waits for its threads forever in its destructor.

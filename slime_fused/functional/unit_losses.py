@@ -33,12 +33,12 @@ def run_loss(
     """The tensors of `UnitOutputs`; checks what shows of the sequences and of what is given."""
     if request.rows.cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
-    if loss.unit == "pair" and request.options.cp_group is None:  # else once the others have told what they hold
-        check_pairs(request.rows.num_sequences)
     loss.check_given(given)
     if is_traced(hidden, weight, request.rows.labels):
         options = library.flat_request(request)
         rows = request.rows
+        if loss.unit == "pair" and request.options.cp_group is None:  # else once the others told what they hold
+            check_pairs(rows.num_sequences)
         names, values = " ".join(given), list(given.values())
         outputs: tuple[Tensor, ...] = library.unit_loss_op(
             hidden, weight, bias, rows.labels, rows.cu_seqlens, loss.key, values, names, wants_logps, *options
