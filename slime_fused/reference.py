@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slime_fused.engine.units import BatchCounts, Pairs, Sequences, Tokens, UnitTerms
+from slime_fused.engine.units import BatchCounts, Pairs, Sequences, Tokens, UnitTerms, is_given_per_token
 from slime_fused.losses import Formula, Own, PolicyGradient, SlimeLossConfig
 from slime_fused.output import PolicyOutput, PreferenceOutput, SlimeOutput, TokenStatistics
 
@@ -357,7 +357,7 @@ def _loss_of_units(
         # A Python number would become float32 on the way to float64.
         dtype = value.dtype if isinstance(value, Tensor) and value.dtype == torch.bool else own.dtype
         values = torch.as_tensor(value, dtype=dtype, device=own.device)
-        is_per_token = values.dim() > 0 and values.shape == labels.shape
+        is_per_token = is_given_per_token(name, (*values.shape,), (*labels.shape,), len(lengths), loss.unit)
         cut[name] = values[mask] if is_per_token else values
         if loss.unit == "token" and not is_per_token and values.dim() > 0:
             cut[name] = values[index]

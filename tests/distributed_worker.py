@@ -22,6 +22,7 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
+from tests import distributed_units
 from tests.distributed_stats import check_merged_stats
 from tests.statistics_support import assert_as_exact
 from tests.support import Batch, assert_as_exact_as_plain, assert_close, make_batch, pack, run
@@ -373,6 +374,7 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
     "documented_example": check_documented_example,
     "batch-sequence": lambda groups: check_batch(groups, "sequence"),
     "batch-token": lambda groups: check_batch(groups, "token"),
+    **distributed_units.checks(take, VOCAB_BOUNDS),
     "refusals": check_refusals,
 }
 
@@ -395,5 +397,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     sys.stdout.flush()
-    # About one run in ten, gloo's process group waits for its threads forever in its destructor.
-    os._exit(0)
+    os._exit(0)  # About one run in ten, gloo's process group waits for its threads forever in its destructor.

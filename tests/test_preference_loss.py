@@ -172,7 +172,7 @@ def test_another_default_device(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_products_are_as_planned(name, backend):
-    """Three products, two with either side frozen, one for evaluation: as for SLIME; four where logits come twice."""
+    """Three products, two with either side frozen, one for evaluation; four where logits come twice."""
     case, batch = CASES[name], make_batch(vocab_size=257, hidden_size=4, has_bias=True)
     options = options_of(case, batch)
     for wanted, streamed in ((("hidden", "weight", "bias"), 3), (("hidden",), 2), (("weight",), 2), ((), 1)):
@@ -200,7 +200,7 @@ def test_the_plan_of_a_loss_of_the_whole_batch_says_so():
 
 @pytest.mark.parametrize("name", ["slime", "dpo", "simpo", "kto", "sft", "grpo"])
 def test_peak_memory(name):
-    """1024 tokens x 50257 x 64 in 8 MiB, SLIME and others: none holds more than a few numbers per token beside it."""
+    """1024 tokens x 50257 x 64 in 8 MiB, SLIME and others: a few numbers per token beside it."""
     batch = make_batch((16,) * 64, prompt=0, padding=0, hidden_size=64, vocab_size=50257).to(torch.float32)
     leaves, case = batch.leaves(("hidden", "weight")), CASES[name]
     options = options_of(case, batch)

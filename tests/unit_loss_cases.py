@@ -64,8 +64,8 @@ class Case:
 
     @property
     def roundings(self) -> float:
-        """For `assert_as_exact_as_plain`: the exponential of a policy's ratio passes on an error of a log-prob, which
-        is that of a logit of magnitude 8 or so, as a relative one."""
+        """For `assert_as_exact_as_plain`: the exponential of a policy's ratio hands on the error of a
+        log-prob, which is that of a logit of magnitude 8 or so, as a relative one."""
         return 4.0 if self.function == "token_policy_loss" else 1.0
 
     @property

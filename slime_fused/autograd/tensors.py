@@ -38,10 +38,11 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """Whether a call on these is recorded, not run (torch.compile, make_fx, fake tensors): an operator can be."""
     if torch.compiler.is_compiling():
         return True
-    keys = torch._C._TorchDispatchModeKey
-    if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE)):
+    mode_of, keys = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    if mode_of(keys.PROXY) is not None or mode_of(keys.FAKE) is not None:
         return True
-    return any(isinstance(x, FakeTensor) for x in tensors)
+    # A list, not a generator, whose every step costs a call.
+    return True in [isinstance(x, FakeTensor) for x in tensors]
 
 
 def refuse_transforms(**tensors: Tensor | None) -> None:

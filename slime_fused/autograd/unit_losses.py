@@ -18,7 +18,16 @@ from slime_fused.engine.distributed import count_batch, find_group
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.streams import Part, cumulative, unit_forward
-from slime_fused.engine.units import BatchCounts, Loss, Pairs, Sequences, Tokens, UnitTerms
+from slime_fused.engine.units import (
+    BatchCounts,
+    Loss,
+    Pairs,
+    Sequences,
+    Tokens,
+    Unit,
+    UnitTerms,
+    is_given_per_token,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class _LossRun:
         self._call = call
         self._loss = loss
         self._batch = batch
-        self._given = {name: _Given(value, call.layout) for name, value in given.items()}
+        self._given = {name: _Given(name, value, call.layout, loss.unit) for name, value in given.items()}
         self._said: list[UnitTerms] = []
 
     def __call__(self, logps: Tensor, part: Part) -> Tensor | None:
@@ -182,12 +191,13 @@ class _LossRun:
 
 
 class _Given:
-    """A tensor that the caller gave for a loss: its shape tells what one number is for."""
+    """A tensor that the caller gave for a loss, and what one of its numbers is for."""
 
-    def __init__(self, value: Tensor, layout: TokenLayout) -> None:
+    def __init__(self, name: str, value: Tensor, layout: TokenLayout, unit: Unit) -> None:
         self._layout = layout
-        self.is_per_token = value.dim() > 0 and tuple(value.shape) == layout.shape
-        self.is_per_sequence = not self.is_per_token and tuple(value.shape) == (len(layout.lengths),)
+        shape, sequences = tuple(value.shape), len(layout.lengths)
+        self.is_per_token = is_given_per_token(name, shape, layout.shape, sequences, unit)
+        self.is_per_sequence = not self.is_per_token and shape == (sequences,)
         self._value = layout.of_labelled(value.flatten()) if self.is_per_token else value
 
     @cached_property

@@ -35,7 +35,7 @@ class RowResults(TokenStats):
     def empty(cls, rows: int, hidden: Tensor, *, with_distribution: bool = False) -> RowResults:
         """Uninitialised, for ``rows`` rows of ``hidden``."""
         count, dtype = 8 if with_distribution else 4, acc_dtype(hidden.dtype)
-        return cls.of(hidden.new_empty(rows, dtype=dtype) for _ in range(count))
+        return cls.of([hidden.new_empty(rows, dtype=dtype) for _ in range(count)])
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> RowResults:
@@ -51,7 +51,7 @@ class RowResults(TokenStats):
 
     def span(self, begin: int, end: int) -> RowResults:
         """Views of the rows begin to end."""
-        return RowResults.of(values[begin:end] for values in self.tensors())
+        return RowResults.of([values[begin:end] for values in self.tensors()])
 
     def copy_(self, other: RowResults) -> None:
         """Take over the values of as many rows."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import Call
 from slime_fused.engine.chunks import ChunkEngine, Head, RowSet
 from slime_fused.engine.gradients import Gradients
@@ -55,7 +56,7 @@ def _stream(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
     head, layout, plan = call.head, call.layout, call.plan
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    logps = RowResults.empty(layout.num_rows, head.hidden).logp
+    logps = head.hidden.new_empty(layout.num_rows, dtype=acc_dtype(head.hidden.dtype))
     for part in _parts(layout, plan):
         stats = RowResults.empty(part.rows.count, head.hidden)
         residual = engine.residual(part.rows, stats)
@@ -84,7 +85,7 @@ def _parts(layout: TokenLayout, plan: Plan) -> list[Part]:
     """The chunks of a plan, their boundaries taken to the device in one copy."""
     if plan.problem.unit == "token":
         return [Part(c.begin, c.end, RowSet(layout, [(c.begin, c.end)]), (), None) for c in plan.chunks]
-    if plan.problem.unit == "batch":
+    if plan.problem.unit == "batch" or len(plan.chunks) == 1:
         return [_whole(layout, plan)]
     starts = cumulative(layout.lengths)
     sequences = [_sequences_of(chunk, layout, plan) for chunk in plan.chunks]

@@ -49,6 +49,23 @@ class BatchCounts:
         return {"token": self.tokens, "sequence": self.sequences, "pair": self.pairs}[unit]
 
 
+GIVEN_PER_SEQUENCE = ("ref_sum_logps", "ref_mean_logps", "desirable")
+"""Names of what callers give, one number for each sequence."""
+GIVEN_PER_TOKEN = ("ref_token_logps", "old_logps")
+"""In the shape of the labels."""
+
+
+def is_given_per_token(
+    name: str, shape: tuple[int, ...], labels_shape: tuple[int, ...], sequences: int, unit: Unit
+) -> bool:
+    """Whether what was given is for tokens, by its shape; by its name, else the loss's unit, where S = N_all."""
+    if shape != labels_shape or not shape:
+        return False
+    if shape != (sequences,) or name in GIVEN_PER_TOKEN:
+        return True
+    return unit == "token" and name not in GIVEN_PER_SEQUENCE
+
+
 def plain_segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
     """A `SegmentSum` of PyTorch's own operators: any derivative, one operation per segment."""
     pieces = torch.split(values, (bounds[1:] - bounds[:-1]).tolist())

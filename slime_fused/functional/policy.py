@@ -53,7 +53,8 @@ def token_policy_loss(
         hidden: (S, T, D), or (N, D) with ``cu_seqlens``.
         weight: (V, D).
         labels: (S, T) or (N,), or their `token_layout`.
-        advantages: (S,), or in the shape of the labels.
+        advantages: (S,), or in the shape of the labels (which it is taken for where a loss of tokens could have
+            either).
         old_logps: in the shape of the labels: the log-probs under the policy that sampled, as `linear_logprobs`
             gives them. None: this policy sampled, and every ratio is 1.
         ref_token_logps: in the shape of the labels: a reference model's log-probs, where the loss has a KL term.
@@ -89,13 +90,15 @@ def token_policy_loss(
         dp_group=dp_group,
     )
     check = GivenChecks(request, hidden)
-    given = {"advantages": check.per_sequence_or_token("advantages", advantages)}
+    is_of_sequences = isinstance(value, PolicyGradient) and value.level == "sequence"
+    check_advantages = check.per_sequence if is_of_sequences else check.per_sequence_or_token
+    given = {"advantages": check_advantages("advantages", advantages)}
     if old_logps is not None:
         given["old_logps"] = check.per_token("old_logps", old_logps)
     if ref_token_logps is not None:
         given["ref_token_logps"] = check.per_token("ref_token_logps", ref_token_logps)
     if loss_weights is not None:
         given["loss_weights"] = check.per_unit("loss_weights", loss_weights, value)
-    given.update(check.extras(extra, value, given))
+    given.update(check.extras(extra, value))
     total, numbers, means, logps = run_loss(hidden, weight, bias, request, value, given, wants_logps=True)
     return PolicyOutput(total, *named_numbers(value, numbers), means, logps.view(request.rows.labels.shape))

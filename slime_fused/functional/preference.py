@@ -143,7 +143,8 @@ def preference_loss(
         weight: (V, D).
         labels: (S, T) or (N,), or their `token_layout`.
         loss: a value of `slime_fused.losses`, or a function of `Pairs` that returns the loss of each, (P,): their
-            mean over the batch is the loss.
+            mean over the batch is the loss. (`torch.compile` breaks its graph where it meets a function that was
+            never used, or made an `Own`, outside: an error with ``fullgraph=True``.)
         ref_chosen_sum_logps: (P,) a reference model's log-prob of each chosen response, summed over its tokens.
         ref_rejected_sum_logps: (P,) of each rejected response.
         ref_chosen_mean_logps: (P,) instead: the mean over the tokens of each chosen response.
@@ -201,6 +202,6 @@ def preference_loss(
         given["kl_baseline"] = check.scalar("kl_baseline", kl_baseline)
     if loss_weights is not None:
         given["loss_weights"] = check.per_unit("loss_weights", loss_weights, value)
-    given.update(check.extras(extra, value, given))
+    given.update(check.extras(extra, value))
     total, numbers, mean_logps, _ = run_loss(hidden, weight, bias, request, value, given)
     return PreferenceOutput(total, *named_numbers(value, numbers), mean_logps, value.unit == "pair")

@@ -14,7 +14,10 @@ from slime_fused.autograd.unit_losses import UnitLossFunction
 from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import check_pairs
-from slime_fused.engine.units import Loss
+from slime_fused.engine.units import GIVEN_PER_SEQUENCE, GIVEN_PER_TOKEN, Loss
+
+_ARGUMENTS = (*GIVEN_PER_SEQUENCE, *GIVEN_PER_TOKEN, "kl_baseline", "loss_weights", "advantages")
+"""Keys of what a loss is given by arguments."""
 
 
 def run_loss(
@@ -30,12 +33,12 @@ def run_loss(
     """The tensors of `UnitOutputs`; checks what shows of the sequences and of what is given."""
     if request.rows.cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
-    if loss.unit == "pair" and request.options.cp_group is None:  # else once the others have told what they hold
-        check_pairs(request.rows.num_sequences)
     loss.check_given(given)
     if is_traced(hidden, weight, request.rows.labels):
         options = library.flat_request(request)
         rows = request.rows
+        if loss.unit == "pair" and request.options.cp_group is None:  # else once the others told what they hold
+            check_pairs(rows.num_sequences)
         names, values = " ".join(given), list(given.values())
         outputs: tuple[Tensor, ...] = library.unit_loss_op(
             hidden, weight, bias, rows.labels, rows.cu_seqlens, loss.key, values, names, wants_logps, *options
@@ -104,12 +107,12 @@ class GivenChecks:
             raise TypeError(f"{name}: expected a bool tensor, got {value.dtype}")
         return self.per_sequence(name, value)
 
-    def extras(
-        self, extra: Mapping[str, Tensor] | None, loss: Loss, given: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def extras(self, extra: Mapping[str, Tensor] | None, loss: Loss) -> dict[str, Tensor]:
         """What a loss of one's own is given beside the arguments that have a name."""
+        if not isinstance(extra, (Mapping, type(None))):
+            raise TypeError(f"extra: expected a mapping of names to tensors, got {type(extra).__name__}")
         for name in extra or {}:
-            if not isinstance(name, str) or not name.isidentifier() or name in given:
+            if not isinstance(name, str) or not name.isidentifier() or name in _ARGUMENTS:
                 raise ValueError(f"extra: expected names of its own that are identifiers, got {name!r}")
         return {name: self._any_of(f"extra[{name!r}]", value, loss) for name, value in (extra or {}).items()}
 
