@@ -79,7 +79,7 @@ def default_batches() -> tuple[Batch, ...]:
 def losses_batches() -> tuple[Batch, ...]:
     """DPO and SimPO: times of three cases, memory of the first."""
     cases = [ALL_CASES[name] for name in _LOSSES_CASES]
-    ours, peers = replace(CPU_PROTOCOL, rounds=9), replace(CPU_PROTOCOL, rounds=3)
+    ours, peers = replace(CPU_PROTOCOL, rounds=7), replace(CPU_PROTOCOL, rounds=2)
     return (
         *(Batch(case, _LOSSES_OURS, ours) for case in cases),
         *(Batch(case, _LOSSES_PEERS, peers) for case in cases),
