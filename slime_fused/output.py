@@ -58,6 +58,8 @@ class PreferenceOutput:
     """(S,), detached: mean log-prob of each response."""
     is_paired: bool
     """Whether the responses are P chosen ones and the P rejected ones of the same pairs."""
+    stats: TokenStatistics | None = None
+    """Of each token, detached, its log-prob too: where ``return_stats`` asked for it."""
 
     @property
     def chosen_logps(self) -> Tensor:
@@ -104,6 +106,8 @@ class PolicyOutput:
     logps: Tensor
     """In the shape of the labels, detached: log-prob of each token, 0 where its label is ignored. A next step's
     ``old_logps``."""
+    stats: TokenStatistics | None = None
+    """Of each token, detached, its log-prob too: where ``return_stats`` asked for it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class TokenStatistics:
     """Per-token results in the shape of the labels, 0 where the label is ignored; None where not asked for.
 
     z are the logits after scale, soft cap and temperature, p their softmax. Log-probs, losses and the entropy carry
-    gradients.
+    gradients, but not where they come beside a loss of pairs, sequences or tokens.
     """
 
     logps: Tensor | None = None

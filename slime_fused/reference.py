@@ -284,6 +284,7 @@ def preference_loss(
     ref_chosen_mean_logps: Tensor | None = None,
     ref_rejected_mean_logps: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    return_stats: Sequence[str] | None = None,
     **options: Any,
 ) -> PreferenceOutput:
     """See `slime_fused.preference_loss`."""
@@ -292,14 +293,12 @@ def preference_loss(
         given["ref_sum_logps"] = torch.cat([ref_chosen_sum_logps, ref_rejected_sum_logps])
     if ref_chosen_mean_logps is not None and ref_rejected_mean_logps is not None:
         given["ref_mean_logps"] = torch.cat([ref_chosen_mean_logps, ref_rejected_mean_logps])
-    logps = linear_logprobs(
-        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
-    )
-    if shift:
-        labels = _shift(labels, cu_seqlens, ignore_index)
+    options |= {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+    logps, stats = _logprobs_and_stats(return_stats, hidden, weight, labels, shift=shift, **options)
+    labels = _shift(labels, cu_seqlens, ignore_index) if shift else labels
     value: Formula = loss if isinstance(loss, Formula) else Own(loss)
     terms, means = _loss_of_units(value, logps, labels, cu_seqlens, ignore_index, given)
-    return PreferenceOutput(*_means(terms), means, value.unit == "pair")
+    return PreferenceOutput(*_means(terms), means, value.unit == "pair", stats)
 
 
 def token_policy_loss(
@@ -312,18 +311,26 @@ def token_policy_loss(
     shift: bool = False,
     ignore_index: int = -100,
     extra: Mapping[str, Tensor] | None = None,
+    return_stats: Sequence[str] | None = None,
     **options: Any,
 ) -> PolicyOutput:
     """See `slime_fused.token_policy_loss`."""
     given = {name: options.pop(name) for name in _GIVEN if options.get(name) is not None} | dict(extra or {})
-    logps = linear_logprobs(
-        hidden, weight, labels, cu_seqlens=cu_seqlens, shift=shift, ignore_index=ignore_index, **options
-    )
-    if shift:
-        labels = _shift(labels, cu_seqlens, ignore_index)
+    options |= {"cu_seqlens": cu_seqlens, "ignore_index": ignore_index}
+    logps, stats = _logprobs_and_stats(return_stats, hidden, weight, labels, shift=shift, **options)
+    labels = _shift(labels, cu_seqlens, ignore_index) if shift else labels
     value: Formula = PolicyGradient() if loss is None else loss
     terms, means = _loss_of_units(value, logps, labels, cu_seqlens, ignore_index, given)
-    return PolicyOutput(*_means(terms), means, logps.detach())
+    return PolicyOutput(*_means(terms), means, logps.detach(), stats)
+
+
+def _logprobs_and_stats(
+    return_stats: Sequence[str] | None, *head: Tensor, **options: Any
+) -> tuple[Tensor, TokenStatistics | None]:
+    """(log-probs, detached statistics)."""
+    told = linear_logprobs(*head, return_stats=return_stats or (), **options)
+    fixed = {name: None if x is None else x.detach() for name, x in vars(told).items()}
+    return told.logps, None if return_stats is None else TokenStatistics(**fixed)
 
 
 _GIVEN = (

@@ -226,7 +226,8 @@ def op_cases() -> dict[str, OpCase]:
         flat = library.flat_request(LinearRequest(LabelledRows(leaves.labels, leaves.cu_seqlens), options, wants))
         head = head_args(leaves)
         loss_value, given = unit_losses_of[label]
-        of_units = (loss_value.key, list(given.values()), " ".join(given), label in ("float32_logits", "nothing"))
+        asked = {"float32_logits": "logps is_top1 entropy", "nothing": "logps", "float16": "lse"}.get(label, "")
+        of_units = (loss_value.key, list(given.values()), " ".join(given), asked)
         cases[f"unit_loss-{label}"] = OpCase(library.unit_loss_op, (*head, *of_units, *flat))
         token_loss = (0.1, 0.01)
         cases[f"cross_entropy-{label}"] = OpCase(library.cross_entropy_op, (*head, True, *token_loss, *flat))

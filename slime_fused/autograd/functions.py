@@ -28,7 +28,7 @@ from slime_fused.engine import streams
 from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch
 from slime_fused.engine.gradients import GradientDtypes, Gradients
-from slime_fused.engine.layout import response_lengths
+from slime_fused.engine.layout import TokenLayout, response_lengths
 from slime_fused.engine.stats import RowResults
 from slime_fused.engine.sweeps import plan_sweep
 from slime_fused.engine.units import Loss, Pairs
@@ -133,20 +133,30 @@ def token_kind(token_loss: TokenLoss, statistics: Sequence[str], *, keeps_residu
     return LossKind(
         "later",
         token_loss,
-        wants_distribution=any(name != "lse" for name in statistics),
+        wants_distribution=needs_distribution(statistics),
         mixes_entropy="entropy" in statistics,
         keeps_residual=keeps_residual,
     )
 
 
+def needs_distribution(statistics: Sequence[str]) -> bool:
+    """Whether one of `STATISTICS` takes more than the log-sum-exp."""
+    return any(name != "lse" for name in statistics)
+
+
 def statistic(name: str, known: Tensor) -> Tensor:
-    """One of `STATISTICS` (N_all,), from `TokenPass.all_stats`; 0 (False) where the label is ignored."""
+    """One of `STATISTICS` (N_all,), from `spread_results`; 0 (False) where the label is ignored."""
     row_max, row_sum, _, _, *distribution = known.unbind()
     if name == "lse":
         # Of an ignored row both are 0; where all logits are -inf, the sum.
         return torch.where(row_sum == 0, row_max, row_max + row_sum.log())
     value = distribution[("entropy", "sum_sq_probs", "is_top1", "mean_logit").index(name)]
     return value > 0 if name == "is_top1" else value.clone()
+
+
+def spread_results(results: RowResults, layout: TokenLayout) -> Tensor:
+    """(4, N_all), or (8, N_all), from (N,) each: 0 where the label is ignored."""
+    return torch.stack([layout.spread(values) for values in results.tensors()])
 
 
 class TokenPass:
@@ -163,8 +173,8 @@ class TokenPass:
         return self._layout.spread(self.sweep.stats.loss)
 
     def all_stats(self) -> Tensor:
-        """(4, N_all), or (8, N_all): what `resume` needs of a forward pass, 0 where the label is ignored."""
-        return torch.stack([self._layout.spread(values) for values in self.sweep.stats.tensors()])
+        """What `resume` needs of a forward pass: see `spread_results`."""
+        return spread_results(self.sweep.stats, self._layout)
 
     def statistics(self, names: Sequence[str]) -> list[Tensor]:
         """(N_all,) each."""

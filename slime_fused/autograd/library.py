@@ -111,25 +111,31 @@ def _autograd_inside() -> Iterator[None]:
 
 
 def _unit_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Any, ...]:
-    cu_seqlens, key, given, names, wants_logps, *flat = rest
+    cu_seqlens, key, given, names, asked, *flat = rest
     request = _request(labels, cu_seqlens, flat)
     by_name = dict(zip(names.split(), given, strict=True))
     with _autograd_inside():
-        outputs, gradients, _ = run_unit_loss(hidden, weight, bias, request, loss_of(key), by_name, wants_logps)
+        outputs, gradients, _ = run_unit_loss(hidden, weight, bias, request, loss_of(key), by_name, asked.split())
     dtypes = _waiting(hidden, weight, bias, request.options.compute_dtype)
-    logps = outputs.logps.view(labels.shape) if wants_logps else outputs.logps
-    tensors = (outputs.loss, outputs.numbers, outputs.mean_logps, logps)
-    return *tensors, *_dense(gradients, hidden, dtypes), _scale_of(gradients, outputs.loss)
+    tokens = outputs.tokens.view(outputs.tokens.shape[0], *labels.shape)
+    return (
+        outputs.loss,
+        outputs.numbers,
+        outputs.mean_logps,
+        tokens,
+        *_dense(gradients, hidden, dtypes),
+        _scale_of(gradients, outputs.loss),
+    )
 
 
 def _unit_loss_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    cu_seqlens, key, _, _, wants_logps, *_ = rest
+    cu_seqlens, key, _, _, asked, *_ = rest
     loss = loss_of(key)
     sequences = LabelledRows(labels, cu_seqlens).num_sequences
     numbers = len(loss.term_names) + len(loss.metric_names)
-    shapes: tuple[Any, ...] = ((), numbers, sequences, labels.shape if wants_logps else 0)
+    shapes: tuple[Any, ...] = ((), numbers, sequences, (len(asked.split()), *labels.shape))
     dtype = acc_dtype(hidden.dtype)
     outputs = [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
     gradients = _fake_gradients(hidden, weight, _waiting(hidden, weight, bias, rest[-4]), rest[-3:])
@@ -152,7 +158,7 @@ unit_loss_op = torch.library.custom_op(
     "slime_fused::unit_loss",
     _unit_loss,
     mutates_args=(),
-    schema=f"({_HEAD}, str loss, Tensor[] given, str names, bool wants_logps, {_OPTIONS})"
+    schema=f"({_HEAD}, str loss, Tensor[] given, str names, str asked, {_OPTIONS})"
     f" -> ({', '.join(['Tensor'] * 8)})",
 )
 unit_loss_op.register_fake(_unit_loss_fake)

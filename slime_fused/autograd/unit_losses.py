@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slime_fused.autograd.functions import needs_distribution, spread_results, statistic
 from slime_fused.autograd.gradient_store import GradientStore, like_hidden
 from slime_fused.autograd.token_library import segment_sum_op
 from slime_fused.backends.base import Backend
@@ -17,6 +19,7 @@ from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch, find_group
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import TokenLayout
+from slime_fused.engine.stats import RowResults
 from slime_fused.engine.streams import Part, cumulative, unit_forward
 from slime_fused.engine.units import (
     BatchCounts,
@@ -40,12 +43,12 @@ class UnitOutputs:
     """(K,) the loss's terms and metrics, in the order of `Loss.term_names` and `Loss.metric_names`."""
     mean_logps: Tensor
     """(S,) mean log-prob of each sequence."""
-    logps: Tensor
-    """(N_all,) log-prob of each token, 0 where its label is ignored; empty unless asked for."""
+    tokens: Tensor
+    """(K, N_all) what was asked for of each token, in that order: "logps", `STATISTICS`; 0 where it is ignored."""
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four, in order."""
-        return self.loss, self.numbers, self.mean_logps, self.logps
+        return self.loss, self.numbers, self.mean_logps, self.tokens
 
 
 class UnitLossFunction(torch.autograd.Function):
@@ -60,11 +63,11 @@ class UnitLossFunction(torch.autograd.Function):
         request: LinearRequest,
         loss: Loss,
         given: Mapping[str, Tensor],
-        wants_logps: bool,
+        asked: tuple[str, ...],
     ) -> tuple[Tensor, ...]:
         """Run the plan; keep the gradients."""
         ctx.set_materialize_grads(False)  # else backward fills a tensor of zeros for every output but the loss
-        outputs, gradients, backend = run_unit_loss(hidden, weight, bias, request, loss, given, wants_logps)
+        outputs, gradients, backend = run_unit_loss(hidden, weight, bias, request, loss, given, asked)
         ctx.store = GradientStore(like_hidden(gradients, hidden), GradientDtypes.of(hidden, weight, bias), backend)
         ctx.mark_non_differentiable(*outputs.tensors()[1:])
         return outputs.tensors()
@@ -84,22 +87,26 @@ def run_unit_loss(
     request: LinearRequest,
     loss: Loss,
     given: Mapping[str, Tensor],
-    wants_logps: bool,
+    asked: Sequence[str],
 ) -> tuple[UnitOutputs, Gradients, Backend]:
-    """(outputs, gradients in their waiting dtypes, backend)."""
+    """(outputs, gradients in their waiting dtypes, backend); ``asked``: see `UnitOutputs.tokens`."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        call = prepare_call(kind_of(loss), hidden, weight, bias, request)
+        call = prepare_call(kind_of(loss, asked), hidden, weight, bias, request)
         batch = count_batch(call.lengths, find_group(request.options.dp_group), hidden.device)
         if batch.tokens == 0:
             raise ValueError("labels: expected at least one label that is not ignore_index, got none")
         run = _LossRun(call, loss, given, batch)
-        logps, gradients = unit_forward(call, run)
-        return run.outputs(logps, wants_logps), gradients, call.head.backend
+        results, gradients = unit_forward(call, run)
+        return run.outputs(results, asked), gradients, call.head.backend
 
 
-def kind_of(loss: Loss) -> LossKind:
-    """What the engine must know of it."""
-    return LossKind("batch" if loss.needs_batch else loss.unit, is_paired=loss.unit == "pair")
+def kind_of(loss: Loss, asked: Sequence[str] = ()) -> LossKind:
+    """What the engine must know of it, and of what is ``asked`` of each token."""
+    return LossKind(
+        "batch" if loss.needs_batch else loss.unit,
+        is_paired=loss.unit == "pair",
+        wants_distribution=needs_distribution([name for name in asked if name != "logps"]),
+    )
 
 
 class _LossRun:
@@ -124,9 +131,9 @@ class _LossRun:
         self._said.append(terms)
         return d_logps
 
-    def outputs(self, logps: Tensor, wants_logps: bool) -> UnitOutputs:
-        """What all parts say together; ``logps`` (N,) are those of the labelled rows."""
-        layout, loss = self._call.layout, self._loss
+    def outputs(self, results: RowResults, asked: Sequence[str]) -> UnitOutputs:
+        """What all parts say together; ``results`` (N,) are those of the labelled rows."""
+        layout, loss, logps = self._call.layout, self._loss, results.logp
         total = _total([said.loss for said in self._said])
         numbers = [_total([said.terms[name] for said in self._said]) for name in loss.term_names]
         numbers += [_total([said.metrics[name] for said in self._said]) for name in loss.metric_names]
@@ -137,7 +144,7 @@ class _LossRun:
             total,
             torch.stack(numbers) if numbers else total.new_empty(0),
             means,
-            layout.spread(logps) if wants_logps else total.new_empty(0),
+            _of_tokens(results, layout, asked),
         )
 
     def _whole(self, logps: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,6 +224,17 @@ class _Given:
         if self.is_per_sequence and len(part.sequences) == 2 * (part.end - part.begin):
             return torch.cat([self._value[side + part.begin : side + part.end] for side in (0, count // 2)])
         return self._value[part.begin : part.end]
+
+
+def _of_tokens(results: RowResults, layout: TokenLayout, asked: Sequence[str]) -> Tensor:
+    """See `UnitOutputs.tokens`."""
+    if not asked:
+        return results.logp.new_empty(0, prod(layout.shape))
+    if tuple(asked) == ("logps",):
+        return layout.spread(results.logp)[None]
+    known = spread_results(results, layout)
+    told = [known[2] if name == "logps" else statistic(name, known).to(known.dtype) for name in asked]
+    return torch.stack(told)
 
 
 def _segment_sum(values: Tensor, bounds: Tensor, *, backend: Backend) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import Call
 from slime_fused.engine.chunks import ChunkEngine, Head, RowSet
 from slime_fused.engine.gradients import Gradients
@@ -44,41 +43,42 @@ class Evaluation(Protocol):
         """Take the log-probs (m,) of a part's rows; return dL/dlogps (m,) where a gradient is wanted."""
 
 
-def unit_forward(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
-    """(log-probs (N,) of the labelled rows, the gradients of the loss that ``evaluate`` sees in parts)."""
+def unit_forward(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
+    """((N,) results of the labelled rows, the gradients of the loss that ``evaluate`` sees in parts)."""
     if call.plan.kind == "stream":
         return _stream(call, evaluate)
     return _sweep(call, evaluate)
 
 
-def _stream(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
+def _stream(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
     """Whole units at a time: their coefficients are known as soon as their own log-probs are."""
     head, layout, plan = call.head, call.layout, call.plan
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    logps = head.hidden.new_empty(layout.num_rows, dtype=acc_dtype(head.hidden.dtype))
+    results = RowResults.empty(layout.num_rows, head.hidden, with_distribution=head.wants_distribution)
     for part in _parts(layout, plan):
-        stats = RowResults.empty(part.rows.count, head.hidden)
+        stats = RowResults.empty(part.rows.count, head.hidden, with_distribution=head.wants_distribution)
         residual = engine.residual(part.rows, stats)
-        part.rows.put_labelled(logps, stats.logp)
+        for of_all, of_part in zip(results.tensors(), stats.tensors(), strict=True):
+            part.rows.put_labelled(of_all, of_part)
         d_logps = evaluate(stats.logp, part)
         if d_logps is not None:
             coefficient = d_logps.neg_()
             engine.add_hidden_grad(d_hidden, part.rows, residual, coefficient)
             total.add(part.rows, residual, coefficient)
     engine.release_buffer()
-    return logps, total.gradients(d_hidden)
+    return results, total.gradients(d_hidden)
 
 
-def _sweep(call: Call, evaluate: Evaluation) -> tuple[Tensor, Gradients]:
+def _sweep(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
     """All log-probs first, then (where a gradient is wanted) the coefficients; logits are formed again for dW."""
     head, layout, plan = call.head, call.layout, call.plan
     sweep = plan_sweep(head, layout, plan)
     sweep.forward()
     d_logps = evaluate(sweep.stats.logp, _whole(layout, plan))
     if d_logps is None:
-        return sweep.stats.logp, Gradients(None, None, None)
-    return sweep.stats.logp, sweep.backward(d_logps.neg_())
+        return sweep.stats, Gradients(None, None, None)
+    return sweep.stats, sweep.backward(d_logps.neg_())
 
 
 def _parts(layout: TokenLayout, plan: Plan) -> list[Part]:

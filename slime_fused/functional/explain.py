@@ -11,6 +11,7 @@ from torch import Tensor
 from slime_fused.autograd.functions import token_kind
 from slime_fused.autograd.tensors import is_traced
 from slime_fused.autograd.unit_losses import kind_of
+from slime_fused.backends.base import TokenLoss
 from slime_fused.engine.calls import LossKind, prepare_call
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Plan
@@ -48,19 +49,17 @@ def explain_plan(
 
     Arguments as `slime_loss`; ``loss`` is what `preference_loss` takes, or names the function: "slime",
     "cross_entropy" (mean or sum), or "token" (`linear_logprobs`, `sequence_logprobs`, cross-entropy with reduction
-    "none"). ``return_stats`` as in `linear_logprobs`, for "token" alone. Which gradients are wanted is read off
+    "none"). ``return_stats`` as theirs, for "token" or a value. Which gradients are wanted is read off
     ``requires_grad``.
     """
     statistics = statistic_names(return_stats)
     if isinstance(loss, str):
         checks.check_choice("loss", loss, tuple(_KINDS))
-        kind = _KINDS[loss]
+        if statistics and loss != "token":
+            raise ValueError(f"return_stats: expected none for loss {loss!r}, got {return_stats!r}")
+        kind = token_kind(TokenLoss(), statistics) if statistics else _KINDS[loss]
     else:
-        kind = kind_of(as_loss(loss))
-    if statistics:
-        if loss != "token":
-            raise ValueError(f'return_stats: expected none unless loss is "token", got {return_stats!r}')
-        kind = token_kind(kind.token_loss, statistics)
+        kind = kind_of(as_loss(loss), statistics)
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss
-from slime_fused.functional.arguments import linear_request
-from slime_fused.functional.unit_losses import GivenChecks, run_loss
+from slime_fused.functional.arguments import linear_request, statistic_names
+from slime_fused.functional.unit_losses import GivenChecks, run_loss, token_statistics
 from slime_fused.losses import PolicyGradient, as_loss
 from slime_fused.output import PolicyOutput, named_numbers
 
@@ -43,6 +43,7 @@ def token_policy_loss(
     tp_group: ProcessGroup | None = None,
     cp_group: ProcessGroup | None = None,
     dp_group: ProcessGroup | None = None,
+    return_stats: Sequence[str] | None = None,
 ) -> PolicyOutput:
     """A policy-gradient loss of a linear head (GRPO, DAPO, GSPO, ...), without materialised logits.
 
@@ -61,6 +62,8 @@ def token_policy_loss(
         loss: None takes ``PolicyGradient()``.
         loss_weights: one for each of the loss's units: multiplies its share of the loss.
         extra: what your own loss needs besides, by name: scalars, (S,) or the shape of the labels each.
+        return_stats: names among "entropy", "mean_logit", "is_top1", "sum_sq_probs" and "lse" for ``stats``: what
+            trainers log, from the same visit of the logits and without another product.
 
     Returns:
         `PolicyOutput`; call ``.loss.backward()``.
@@ -71,6 +74,7 @@ def token_policy_loss(
     value: Loss = PolicyGradient() if loss is None else as_loss(loss)
     if value.unit == "pair":
         raise ValueError(f"loss: expected one of tokens or sequences, got one of pairs: {loss!r}")
+    asked = ("logps", *statistic_names(return_stats))
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,
@@ -100,5 +104,6 @@ def token_policy_loss(
     if loss_weights is not None:
         given["loss_weights"] = check.per_unit("loss_weights", loss_weights, value)
     given.update(check.extras(extra, value))
-    total, numbers, means, logps = run_loss(hidden, weight, bias, request, value, given, wants_logps=True)
-    return PolicyOutput(total, *named_numbers(value, numbers), means, logps.view(request.rows.labels.shape))
+    total, numbers, means, tokens = run_loss(hidden, weight, bias, request, value, given, asked)
+    stats = None if return_stats is None else token_statistics(tokens, asked)
+    return PolicyOutput(total, *named_numbers(value, numbers), means, tokens[0], stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss, Pairs, UnitTerms
-from slime_fused.functional.arguments import linear_request
-from slime_fused.functional.unit_losses import GivenChecks, run_loss
+from slime_fused.functional.arguments import linear_request, statistic_names
+from slime_fused.functional.unit_losses import GivenChecks, run_loss, token_statistics
 from slime_fused.losses import Slime, SlimeLossConfig, as_loss
 from slime_fused.output import PreferenceOutput, SlimeOutput, named_numbers
 
@@ -132,6 +132,7 @@ def preference_loss(
     tp_group: ProcessGroup | None = None,
     cp_group: ProcessGroup | None = None,
     dp_group: ProcessGroup | None = None,
+    return_stats: Sequence[str] | None = None,
 ) -> PreferenceOutput:
     """Any loss of log-probs of a linear head, without materialised logits: DPO, SimPO, KTO, ..., or your own.
 
@@ -157,6 +158,8 @@ def preference_loss(
         loss_weights: (P,) for a loss of pairs, (S,) for one of sequences, the shape of the labels for one of
             tokens: multiplies each one's share of the loss.
         extra: what your own loss needs besides, by name: scalars, (P,), (S,) or the shape of the labels each.
+        return_stats: names among "entropy", "mean_logit", "is_top1", "sum_sq_probs" and "lse" for ``stats``: what
+            trainers log, from the same visit of the logits and without another product.
 
     Returns:
         `PreferenceOutput`; call ``.loss.backward()``.
@@ -166,6 +169,7 @@ def preference_loss(
             another shape; values that are not one per unit, carry no gradient, or are NaN for finite log-probs.
     """
     value = as_loss(loss)
+    asked = () if return_stats is None else ("logps", *statistic_names(return_stats))
     hidden, weight, bias, request = linear_request(
         hidden,
         weight,
@@ -203,5 +207,6 @@ def preference_loss(
     if loss_weights is not None:
         given["loss_weights"] = check.per_unit("loss_weights", loss_weights, value)
     given.update(check.extras(extra, value))
-    total, numbers, mean_logps, _ = run_loss(hidden, weight, bias, request, value, given)
-    return PreferenceOutput(total, *named_numbers(value, numbers), mean_logps, value.unit == "pair")
+    total, numbers, mean_logps, tokens = run_loss(hidden, weight, bias, request, value, given, asked)
+    stats = token_statistics(tokens, asked) if asked else None
+    return PreferenceOutput(total, *named_numbers(value, numbers), mean_logps, value.unit == "pair", stats)

@@ -15,6 +15,7 @@ from slime_fused.backends.base import acc_dtype
 from slime_fused.engine.calls import LinearRequest
 from slime_fused.engine.layout import check_pairs
 from slime_fused.engine.units import GIVEN_PER_SEQUENCE, GIVEN_PER_TOKEN, Loss
+from slime_fused.output import TokenStatistics
 
 _ARGUMENTS = (*GIVEN_PER_SEQUENCE, *GIVEN_PER_TOKEN, "kl_baseline", "loss_weights", "advantages")
 """Keys of what a loss is given by arguments."""
@@ -27,10 +28,12 @@ def run_loss(
     request: LinearRequest,
     loss: Loss,
     given: Mapping[str, Tensor],
-    *,
-    wants_logps: bool = False,
+    asked: tuple[str, ...] = (),
 ) -> tuple[Tensor, ...]:
-    """The tensors of `UnitOutputs`; checks what shows of the sequences and of what is given."""
+    """The tensors of `UnitOutputs`, (K, N_all) as (K, *labels.shape).
+
+    Checks what shows of the sequences and of what is given.
+    """
     if request.rows.cu_seqlens is None and hidden.dim() != 3:
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
     loss.check_given(given)
@@ -41,11 +44,17 @@ def run_loss(
             check_pairs(rows.num_sequences)
         names, values = " ".join(given), list(given.values())
         outputs: tuple[Tensor, ...] = library.unit_loss_op(
-            hidden, weight, bias, rows.labels, rows.cu_seqlens, loss.key, values, names, wants_logps, *options
+            hidden, weight, bias, rows.labels, rows.cu_seqlens, loss.key, values, names, " ".join(asked), *options
         )
         return outputs[:4]
-    tensors: tuple[Tensor, ...] = UnitLossFunction.apply(hidden, weight, bias, request, loss, given, wants_logps)
-    return tensors
+    *of_batch, tokens = UnitLossFunction.apply(hidden, weight, bias, request, loss, given, asked)
+    return *of_batch, tokens.view(len(asked), *request.rows.labels.shape)
+
+
+def token_statistics(tokens: Tensor, asked: tuple[str, ...]) -> TokenStatistics:
+    """What was asked for of each token, by name, from (K, ...)."""
+    by_name = dict(zip(asked, tokens.unbind(), strict=True))
+    return TokenStatistics(**{name: x > 0 if name == "is_top1" else x for name, x in by_name.items()})
 
 
 class GivenChecks:

@@ -1,4 +1,4 @@
-"""Losses that a compiled function makes itself: its graph finds the value by its name, as it does one from outside."""
+"""Losses that a compiled function makes itself: its graph finds the value by its name, as one from outside."""
 
 from __future__ import annotations
 
