@@ -29,8 +29,19 @@ VOCAB = 2 * FUSED_LEAST_COLS + 133
 LENGTHS = (9, 12, 14, 11)
 """Two pairs, of 23 rows each: the least workspace of a block holds 18."""
 
+SIMPO, KTO = sf.losses.SimPO(), sf.losses.KTO(baseline="batch")
 FUNCTIONS = {
     # name -> (function, options, operation)
+    "simpo": ("preference_loss", {"loss": SIMPO}, SIMPO),
+    "kto_batch": (
+        "preference_loss",
+        {
+            "loss": KTO,
+            "ref_sum_logps": torch.tensor([-60.0, -75.0, -90.0, -70.0], dtype=torch.float64),
+            "desirable": torch.tensor([True, False, False, True]),
+        },
+        KTO,
+    ),
     "slime": ("slime_loss", {}, "slime"),
     "slime_token": ("slime_loss", {"config": sf.SlimeLossConfig(stabilizer_reduction="token")}, "slime"),
     "ce_mean": ("linear_cross_entropy", {"reduction": "mean"}, "cross_entropy"),

@@ -19,6 +19,7 @@ skip_unless_kernels_run()
 if not INTERPRETING:
     pytest.skip("these batches are on the CPU; on a GPU see test_gpu.py", allow_module_level=True)
 
+SIMPO = sf.losses.SimPO()
 CASES = {
     # name -> (function, options, operation, dtype, wanted, batch options)
     "slime_float32": ("slime_loss", {"shift": True}, "slime", torch.float32, ("hidden", "weight"), {}),
@@ -55,6 +56,7 @@ CASES = {
         ("hidden", "weight"),
         {},
     ),
+    "simpo": ("preference_loss", {"loss": SIMPO}, SIMPO, torch.bfloat16, ("hidden", "weight"), {}),
     "evaluation": ("slime_loss", {}, "slime", torch.bfloat16, (), {"has_bias": True}),
 }
 
