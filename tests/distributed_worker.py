@@ -23,8 +23,7 @@ from torch import Tensor
 import slime_fused as sf
 from slime_fused import reference
 from tests import distributed_units
-from tests.distributed_stats import check_merged_stats
-from tests.statistics_support import assert_as_exact
+from tests.distributed_stats import statistics_checks
 from tests.support import Batch, assert_as_exact_as_plain, assert_close, make_batch, pack, run
 
 PROCESSES = 4
@@ -143,12 +142,6 @@ def check_float32_logits(groups: Groups) -> None:
         assert (got.outputs["value"].double() - exact).abs().max() <= 1e-6 * exact.abs().max()
         for name, grad in got.grads.items():
             assert_close(name, grad, plain.grads[name], truth.grads[name], torch.finfo(torch.bfloat16).eps)
-
-
-def check_token_statistics(groups: Groups, dtype: torch.dtype, workspace: Any) -> None:
-    """All of `TokenStatistics`, and gradients of log-prob and entropy together."""
-    fused = shard_vocabulary(sf.linear_logprobs, groups.all, VOCAB_BOUNDS)
-    assert_as_exact(batch_of(dtype), call=fused, options={"temperature": 0.7}, workspace=workspace)
 
 
 def check_frozen_head(groups: Groups) -> None:
@@ -348,15 +341,7 @@ CHECKS: dict[str, Callable[[Groups], None]] = {
         for dtype in FLOATS
         for size, workspace in WORKSPACES.items()
     },
-    "vocabulary-stats": lambda groups: check_merged_stats(groups.all, VOCAB_BOUNDS, with_moments=False),
-    "vocabulary-moments": lambda groups: check_merged_stats(groups.all, VOCAB_BOUNDS, with_moments=True),
-    **{
-        f"vocabulary-token_statistics-{dtype}-{size}": (
-            lambda groups, d=FLOATS[dtype], w=workspace: check_token_statistics(groups, d, w)
-        )
-        for dtype in FLOATS
-        for size, workspace in WORKSPACES.items()
-    },
+    **statistics_checks(shard_vocabulary, VOCAB_BOUNDS, FLOATS, WORKSPACES),
     "vocabulary-frozen": check_frozen_head,
     "vocabulary-float32_logits": check_float32_logits,
     "vocabulary-same_bits": check_same_bits_on_every_process,

@@ -88,6 +88,21 @@ def assert_as_exact(
     return got
 
 
+def assert_told(stats: sf.TokenStatistics, batch: Batch, **options: Any) -> None:
+    """What came beside a loss of units is what the reference tells, without a gradient."""
+    truth = batch.to(torch.float64).call(reference.linear_logprobs, return_stats=STATISTICS, **options)
+    plain = batch.call(reference.linear_logprobs, return_stats=STATISTICS, **options)
+    assert stats.losses is None
+    for name in ("logps", *STATISTICS):
+        value, exact = getattr(stats, name), getattr(truth, name)
+        assert not value.requires_grad
+        if name == "is_top1":
+            assert value.dtype == torch.bool
+            assert (value != exact).sum() <= (plain.is_top1 != exact).sum() + (batch.hidden.dtype.itemsize < 4)
+        else:
+            assert_close(name, value, getattr(plain, name), exact, floor_of(batch.hidden.dtype), smallest=1.0)
+
+
 def plan_of(batch: Batch, workspace: int | str, statistics: tuple[str, ...] = STATISTICS, **options: Any) -> Plan:
     return batch.call(sf.explain_plan, loss="token", workspace=workspace, return_stats=statistics, **options)
 

@@ -44,7 +44,9 @@ def test_values_and_gradients(use, rows, dtype, backend):
     batch = make_batch((4, 3, 5), dtype=dtype, has_bias=True, ignore_index=3)
     workspace = workspace_of(ROWS[rows], batch)
     options = {**HEAD, "shift": True}
-    got = assert_as_exact(batch, options=options, use=USES[use], backend=backend, workspace=workspace)
+    how = {"use": USES[use], "backend": backend, "workspace": workspace}
+    # An entropy of few nats changes with each logit, and every product rounds those of 16 bits in its own way.
+    got = assert_as_exact(batch, options=options, roundings=2 if dtype.itemsize == 2 else 1, **how)
     ignored = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=3) == 3
     assert all((value[ignored] == 0).all() for value in got.outputs.values())
     plan = plan_of(batch.leaves(), workspace, backend=backend, **options)

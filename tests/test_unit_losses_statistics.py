@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused import reference
 from slime_fused.autograd.functions import STATISTICS
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
 from tests.measure import count_products
-from tests.support import BACKENDS, DTYPES, Batch, assert_close, floor_of, make_batch, pack, require_backend
+from tests.statistics_support import assert_told
+from tests.support import BACKENDS, DTYPES, Batch, floor_of, make_batch, pack, require_backend
 from tests.unit_loss_cases import CASES, options_of, plan_of
 
 SOME = ("slime", "ipo", "kto_batch", "own_tokens", "own_sequences", "grpo", "gspo")
@@ -32,20 +32,6 @@ def gradients(batch: Batch, name: str, **options) -> tuple[sf.PreferenceOutput |
     return out, list(torch.autograd.grad(out.loss, list(leaves.tensors().values())))
 
 
-def assert_told(stats: sf.TokenStatistics, batch: Batch, **options) -> None:
-    truth = batch.to(torch.float64).call(reference.linear_logprobs, return_stats=STATISTICS, **options)
-    plain = batch.call(reference.linear_logprobs, return_stats=STATISTICS, **options)
-    assert stats.losses is None
-    for name in ("logps", *STATISTICS):
-        value, exact = getattr(stats, name), getattr(truth, name)
-        assert not value.requires_grad
-        if name == "is_top1":
-            assert value.dtype == torch.bool
-            assert (value != exact).sum() <= (plain.is_top1 != exact).sum() + (batch.hidden.dtype.itemsize < 4)
-        else:
-            assert_close(name, value, getattr(plain, name), exact, floor_of(batch.hidden.dtype), smallest=1.0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("kind", ["one", "several", "least"])
 @pytest.mark.parametrize("name", SOME)
@@ -59,10 +45,10 @@ def test_statistics(name, kind, dtype, backend):
     without, expected = gradients(batch, name, **how)
     assert without.stats is None
     # Where a residual is not formed in the same visit as its statistics, sums may be in another order.
-    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(out.loss, without.loss, **tolerance)
+    eps = 4 * floor_of(dtype)
+    torch.testing.assert_close(out.loss, without.loss, rtol=eps, atol=eps)
     for got, grad in zip(grads, expected, strict=True):
-        torch.testing.assert_close(got, grad, rtol=0, atol=tolerance["atol"] * grad.abs().max().item())
+        torch.testing.assert_close(got, grad, rtol=0, atol=eps * grad.abs().max().item())
 
 
 @pytest.mark.parametrize("name", SOME)
