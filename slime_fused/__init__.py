@@ -8,8 +8,8 @@ from slime_fused import losses, reference
 from slime_fused.backends import available_backends
 from slime_fused.engine.buffers import empty_cache, set_cache_limit
 from slime_fused.engine.layout import TokenLayout
+from slime_fused.functional.cross_entropy import cross_entropy
 from slime_fused.functional.explain import explain_plan
-from slime_fused.functional.logits import cross_entropy
 from slime_fused.functional.policy import token_policy_loss
 from slime_fused.functional.preference import preference_loss, slime_loss
 from slime_fused.functional.terms import slime_terms

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd.token_losses import STATISTICS
 from slime_fused.backends.base import HeadTransform, LogitsBlock, Moments, VocabStats
 from slime_fused.backends.torch import TorchBackend
 from slime_fused.engine.distributed import VocabShard

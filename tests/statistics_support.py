@@ -10,7 +10,7 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd.token_losses import STATISTICS
 from slime_fused.engine.plan import Plan
 from tests.support import Batch, Result, assert_close, floor_of
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.autograd import library, token_library
+from slime_fused.autograd import operators, token_operators
 from slime_fused.backends.base import HeadTransform
 from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants
-from slime_fused.functional import tokens, unit_losses
+from slime_fused.functional import given as given_module
+from slime_fused.functional import tokens
 from slime_fused.losses import DPO, KTO, PolicyGradient, Slime
 from tests.support import IGNORE, Batch, assert_as_exact_as_plain, make_batch, pack, run
 
@@ -128,9 +129,9 @@ def test_fakes_know_the_dtypes_of_waiting_gradients(hidden_dtype, dtype, workspa
     batch = replace(batch, hidden=batch.hidden.to(hidden_dtype)).leaves()
     seen = []
     for name in ("unit_loss_op", "cross_entropy_op", "token_loss_op"):
-        op = getattr(library, name)
-        monkeypatch.setattr(library, name, lambda *args, op=op: seen.append((op, args)) or op(*args))
-    for module in (tokens, unit_losses):
+        op = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *args, op=op: seen.append((op, args)) or op(*args))
+    for module in (tokens, given_module):
         monkeypatch.setattr(module, "is_traced", lambda *_: True)
     with torch.autocast("cpu", dtype):
         for name in ("slime_loss", "linear_cross_entropy", "linear_logprobs"):
@@ -223,45 +224,45 @@ def op_cases() -> dict[str, OpCase]:
         wants = Wants.of(leaves.hidden, leaves.weight, leaves.bias)
         logits_dtype = torch.float32 if label == "float32_logits" else None
         options = HeadOptions(HeadTransform(0.5, 9.0), logits_dtype, None, "cpu")
-        flat = library.flat_request(LinearRequest(LabelledRows(leaves.labels, leaves.cu_seqlens), options, wants))
+        flat = operators.flat_request(LinearRequest(LabelledRows(leaves.labels, leaves.cu_seqlens), options, wants))
         head = head_args(leaves)
         loss_value, given = unit_losses_of[label]
         asked = {"float32_logits": "logps is_top1 entropy", "nothing": "logps", "float16": "lse"}.get(label, "")
         of_units = (loss_value.key, list(given.values()), " ".join(given), asked)
-        cases[f"unit_loss-{label}"] = OpCase(library.unit_loss_op, (*head, *of_units, *flat))
+        cases[f"unit_loss-{label}"] = OpCase(operators.unit_loss_op, (*head, *of_units, *flat))
         token_loss = (0.1, 0.01)
-        cases[f"cross_entropy-{label}"] = OpCase(library.cross_entropy_op, (*head, True, *token_loss, *flat))
+        cases[f"cross_entropy-{label}"] = OpCase(operators.cross_entropy_op, (*head, True, *token_loss, *flat))
         for statistics in ("", "entropy lse"):
             named = f"{label}-entropy" if statistics else label
             args = (*token_loss, statistics, *flat)
-            cases[f"token_loss-{named}"] = OpCase(library.token_loss_op, (*head, *args))
-            loss, entropy, *saved = (x.detach() for x in library.token_loss_op(*head, *args))
+            cases[f"token_loss-{named}"] = OpCase(operators.token_loss_op, (*head, *args))
+            loss, entropy, *saved = (x.detach() for x in operators.token_loss_op(*head, *args))
             upstream = (torch.ones_like(loss), torch.ones_like(entropy))
             cases[f"token_loss_backward-{named}"] = OpCase(
-                library.token_loss_backward_op, (*upstream, *saved, *head_args(batch), *args)
+                operators.token_loss_backward_op, (*upstream, *saved, *head_args(batch), *args)
             )
     bounds = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
     for mean in (False, True):
         values = torch.randn(9, requires_grad=True)
-        cases[f"segment_sum-{mean}"] = OpCase(token_library.segment_sum_op, (values, bounds, mean, "cpu"))
+        cases[f"segment_sum-{mean}"] = OpCase(token_operators.segment_sum_op, (values, bounds, mean, "cpu"))
         cases[f"segment_sum_backward-{mean}"] = OpCase(
-            token_library.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
+            token_operators.segment_sum_backward_op, (torch.randn(3), bounds, 9, mean, "cpu")
         )
     for wanted in (False, True):
         logp = -torch.rand(9).requires_grad_(wanted)
         pairs = torch.tensor([0, 2, 5, 7, 9], dtype=torch.int32)
         args = (logp, pairs, Slime(stabilizer_reduction="token").key, "cpu", wanted)
-        cases[f"slime_terms-{wanted}"] = OpCase(token_library.slime_terms_op, args)
+        cases[f"slime_terms-{wanted}"] = OpCase(token_operators.slime_terms_op, args)
     for dtype in (torch.float32, torch.float16):
         logits = torch.randn(2, 3, 9, dtype=dtype, requires_grad=True)
         labels = torch.tensor([[1, IGNORE, 8], [0, 2, 2]])
         options = (0.1, 0.01, 0.5, 9.0, "cpu", IGNORE)
         cases[f"cross_entropy_of_logits-{dtype}"] = OpCase(
-            token_library.logits_loss_op, (logits, labels, True, *options)
+            token_operators.logits_loss_op, (logits, labels, True, *options)
         )
-        loss, stats = (x.detach() for x in token_library.logits_loss_op(logits, labels, True, *options))
+        loss, stats = (x.detach() for x in token_operators.logits_loss_op(logits, labels, True, *options))
         args = (torch.ones_like(loss), stats, logits.detach(), labels, *options)
-        cases[f"cross_entropy_of_logits_backward-{dtype}"] = OpCase(token_library.logits_loss_backward_op, args)
+        cases[f"cross_entropy_of_logits_backward-{dtype}"] = OpCase(token_operators.logits_loss_backward_op, args)
     return cases
 
 
@@ -269,8 +270,8 @@ OP_CASES = op_cases()
 
 
 def test_every_operator_is_checked():
-    kind = type(library.unit_loss_op)
-    ops = {op for module in (library, token_library) for op in vars(module).values() if isinstance(op, kind)}
+    kind = type(operators.unit_loss_op)
+    ops = {op for module in (operators, token_operators) for op in vars(module).values() if isinstance(op, kind)}
     assert {case.op for case in OP_CASES.values()} == ops
 
 

@@ -14,7 +14,7 @@ import torch
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd.token_losses import STATISTICS
 from slime_fused.backends.base import LinearStatsBackend
 from slime_fused.engine.plan import FUSED_LEAST_COLS
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import slime_fused as sf
-from slime_fused.autograd import library
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd import operators
+from slime_fused.autograd.token_losses import STATISTICS
 from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
 from tests.statistics_support import CE, HEAD, assert_as_exact, run, workspace_of
@@ -162,13 +162,13 @@ def test_opcheck(wanted, dtype, asked):
     leaves = make_batch((4, 4, 4, 4), dtype=dtype, has_bias=True, **layout).leaves(wanted)
     wants = Wants.of(leaves.hidden, leaves.weight, leaves.bias)
     rows = LabelledRows(leaves.labels, leaves.cu_seqlens)
-    flat = library.flat_request(LinearRequest(rows, HeadOptions(backend="cpu"), wants))
+    flat = operators.flat_request(LinearRequest(rows, HeadOptions(backend="cpu"), wants))
     head = (leaves.hidden, leaves.weight, leaves.bias, leaves.labels, leaves.cu_seqlens)
     rest = (0.1, 0.01, " ".join(ASKED[asked]), *flat)
-    results = torch.library.opcheck(library.token_loss_op, (*head, *rest))
-    loss, entropy, *saved = (x.detach() for x in library.token_loss_op(*head, *rest))
+    results = torch.library.opcheck(operators.token_loss_op, (*head, *rest))
+    loss, entropy, *saved = (x.detach() for x in operators.token_loss_op(*head, *rest))
     plain = tuple(x.detach() if isinstance(x, Tensor) else x for x in head)
     args = (torch.ones_like(loss), torch.ones_like(entropy), *saved, *plain, *rest)
-    results_of_backward = torch.library.opcheck(library.token_loss_backward_op, args)
+    results_of_backward = torch.library.opcheck(operators.token_loss_backward_op, args)
     assert {*results.values(), *results_of_backward.values()} == {"SUCCESS"}
     assert len(results) == len(results_of_backward) == 4

@@ -7,7 +7,7 @@ import torch
 
 import slime_fused as sf
 from slime_fused import reference
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd.token_losses import STATISTICS
 from tests.measure import count_products, memory_of
 from tests.statistics_support import (
     ALL,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import slime_fused as sf
-from slime_fused.autograd.functions import STATISTICS
+from slime_fused.autograd.token_losses import STATISTICS
 from tests.linear_stats_backend import linear_stats_backend  # noqa: F401
 from tests.measure import count_products
 from tests.statistics_support import assert_told

@@ -10,7 +10,7 @@ from slime_fused.backends import get_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
 from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import GradientDtypes
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 ROWS, DEPTH, VOCAB = 23, 16, 75

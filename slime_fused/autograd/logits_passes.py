@@ -20,7 +20,7 @@ from slime_fused.backends.base import (
     TokenLoss,
 )
 from slime_fused.engine.layout import IGNORED, check_label_range
-from slime_fused.engine.stats import RowResults, finish_stats, stats_of_logits
+from slime_fused.engine.row_results import RowResults, finish_stats, stats_of_logits
 
 
 def row_targets(labels: Tensor, ignore_index: int, vocab_size: int, *, needs_label: bool) -> Tensor:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import needs_distribution, spread_results, statistic
 from slime_fused.autograd.gradient_store import GradientStore, like_hidden
-from slime_fused.autograd.token_library import segment_sum_op
+from slime_fused.autograd.token_losses import needs_distribution, spread_results, statistic
+from slime_fused.autograd.token_operators import segment_sum_op
 from slime_fused.backends.base import Backend
 from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch, find_group
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import TokenLayout
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 from slime_fused.engine.streams import Part, cumulative, unit_forward
 from slime_fused.engine.units import (
     BatchCounts,

@@ -26,7 +26,7 @@ from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.mix import Mix
 from slime_fused.engine.plan import Plan
 from slime_fused.engine.problem import padded_cols
-from slime_fused.engine.stats import RowResults, finish_stats, stats_of_logits
+from slime_fused.engine.row_results import RowResults, finish_stats, stats_of_logits
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from slime_fused.backends.base import Backend, HeadTransform, TokenLoss, acc_dtype
 from slime_fused.engine import products
 from slime_fused.engine.mix import Mix
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 
 _LARGEST_EXPONENT = 14
 """Scaled float16 operands are below 2^15: half of what float16 holds."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slime_fused.backends.base import RowFactors
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 
 LARGEST_TERM = 0.368
 """No p |log p| is larger: 1 / e."""

@@ -18,7 +18,7 @@ from slime_fused.engine.gradients import Gradients
 from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.plan import Chunk, Plan
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 from slime_fused.engine.sweeps import plan_sweep, row_sets
 
 

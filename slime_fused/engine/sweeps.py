@@ -29,7 +29,7 @@ from slime_fused.engine.head_sum import HeadSum
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.mix import Mix
 from slime_fused.engine.plan import Plan
-from slime_fused.engine.stats import RowResults, empty_vocab_stats, finish_stats
+from slime_fused.engine.row_results import RowResults, empty_vocab_stats, finish_stats
 from slime_fused.engine.vocab_sweep import VocabBlocks, vocab_sweep_backward
 
 

@@ -24,7 +24,7 @@ from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import Gradients, float16_gain, float16_scale
 from slime_fused.engine.mix import Mix
 from slime_fused.engine.problem import padded_cols
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import STATISTICS
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms
+from slime_fused.autograd.token_losses import STATISTICS
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.backends.base import HeadTransform
 from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants

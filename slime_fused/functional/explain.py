@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import token_kind
 from slime_fused.autograd.tensors import is_traced
+from slime_fused.autograd.token_losses import token_kind
 from slime_fused.autograd.unit_losses import kind_of
 from slime_fused.backends.base import TokenLoss
 from slime_fused.engine.calls import LossKind, prepare_call

@@ -11,7 +11,7 @@ from torch import Tensor
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss
 from slime_fused.functional.arguments import linear_request, statistic_names
-from slime_fused.functional.unit_losses import GivenChecks, run_loss, token_statistics
+from slime_fused.functional.given import GivenChecks, run_loss, token_statistics
 from slime_fused.losses import PolicyGradient, as_loss
 from slime_fused.output import PolicyOutput, named_numbers
 

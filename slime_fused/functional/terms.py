@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import SlimeTermsFunction
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms, require_plain
-from slime_fused.autograd.token_library import slime_terms_op
+from slime_fused.autograd.token_losses import SlimeTermsFunction
+from slime_fused.autograd.token_operators import slime_terms_op
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.engine.layout import check_pairs
 from slime_fused.functional import checks

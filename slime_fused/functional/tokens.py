@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from slime_fused.autograd import functions, library, token_library
+from slime_fused.autograd import operators, token_losses, token_operators
 from slime_fused.autograd.tensors import is_traced
 from slime_fused.backends.base import TokenLoss
 from slime_fused.engine.calls import LinearRequest
@@ -159,7 +159,7 @@ def sequence_logprobs(
         bounds = (index * rows.labels.shape[-1]).to(torch.int32)
     else:
         bounds = rows.cu_seqlens
-    sums: Tensor = token_library.segment_sum_op(logps.reshape(-1), bounds, False, backend)
+    sums: Tensor = token_operators.segment_sum_op(logps.reshape(-1), bounds, False, backend)
     return sums if reduction == "sum" else sums / label_counts(rows).clamp(min=1)
 
 
@@ -257,10 +257,10 @@ def linear_cross_entropy(
     mean = reduction == "mean"
     rows = request.rows
     if is_traced(hidden, weight, rows.labels):
-        numbers = (mean, token_loss.label_smoothing, token_loss.z_loss, *library.flat_request(request))
-        loss: Tensor = library.cross_entropy_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)[0]
+        numbers = (mean, token_loss.label_smoothing, token_loss.z_loss, *operators.flat_request(request))
+        loss: Tensor = operators.cross_entropy_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)[0]
         return loss
-    return functions.CrossEntropyFunction.apply(hidden, weight, bias, request, mean, token_loss)
+    return token_losses.CrossEntropyFunction.apply(hidden, weight, bias, request, mean, token_loss)
 
 
 def _token_loss(
@@ -274,12 +274,13 @@ def _token_loss(
     """(losses, statistics by name) in the shape of the labels, 0 where they are ignored."""
     rows = request.rows
     if not is_traced(hidden, weight, rows.labels):
-        loss, *told = functions.TokenLossFunction.apply(hidden, weight, bias, request, token_loss, statistics)
+        loss, *told = token_losses.TokenLossFunction.apply(hidden, weight, bias, request, token_loss, statistics)
         return loss, dict(zip(statistics, told, strict=True))
-    numbers = (token_loss.label_smoothing, token_loss.z_loss, " ".join(statistics), *library.flat_request(request))
-    loss, entropy, known, _ = library.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)
+    names = " ".join(statistics)
+    numbers = (token_loss.label_smoothing, token_loss.z_loss, names, *operators.flat_request(request))
+    loss, entropy, known, _ = operators.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)
     by_name = {
-        name: entropy if name == "entropy" else functions.statistic(name, known).view(rows.labels.shape)
+        name: entropy if name == "entropy" else token_losses.statistic(name, known).view(rows.labels.shape)
         for name in statistics
     }
     return loss, by_name

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slime_fused.autograd.logits_passes import LogitsLossFunction, row_targets
 from slime_fused.autograd.tensors import is_traced, materialize, refuse_transforms, require_plain
-from slime_fused.autograd.token_library import logits_loss_op
+from slime_fused.autograd.token_operators import logits_loss_op
 from slime_fused.backends import BACKEND_NAMES
 from slime_fused.backends.base import HeadTransform, TokenLoss
 from slime_fused.functional import checks

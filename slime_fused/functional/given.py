@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd import library
+from slime_fused.autograd import operators
 from slime_fused.autograd.tensors import is_traced, materialize, require_plain
 from slime_fused.autograd.unit_losses import UnitLossFunction
 from slime_fused.backends.base import acc_dtype
@@ -38,12 +38,12 @@ def run_loss(
         raise ValueError(f"hidden: expected (S, T, D), or (N, D) with cu_seqlens, got shape {tuple(hidden.shape)}")
     loss.check_given(given)
     if is_traced(hidden, weight, request.rows.labels):
-        options = library.flat_request(request)
+        options = operators.flat_request(request)
         rows = request.rows
         if loss.unit == "pair" and request.options.cp_group is None:  # else once the others told what they hold
             check_pairs(rows.num_sequences)
         names, values = " ".join(given), list(given.values())
-        outputs: tuple[Tensor, ...] = library.unit_loss_op(
+        outputs: tuple[Tensor, ...] = operators.unit_loss_op(
             hidden, weight, bias, rows.labels, rows.cu_seqlens, loss.key, values, names, " ".join(asked), *options
         )
         return outputs[:4]

@@ -29,7 +29,7 @@ from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
 from slime_fused.engine.distributed import count_batch
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import TokenLayout, response_lengths
-from slime_fused.engine.stats import RowResults
+from slime_fused.engine.row_results import RowResults
 from slime_fused.engine.sweeps import plan_sweep
 from slime_fused.engine.units import Loss, Pairs
 

@@ -1,8 +1,8 @@
 """The passes of the linear losses as `torch.library` operators, so that a compiled graph can hold them.
 
-A compiled graph calls these; eager code calls the autograd functions of `functions.py`, which hand their buffers
-out without a copy. An operator may not change its inputs or keep state, so backward returns new tensors here, and
-the per-token loss forms its logits again. Gradients that nobody wants are empty tensors.
+A compiled graph calls these; eager code calls the autograd functions of `token_losses.py` and `unit_losses.py`,
+which hand their buffers out without a copy. An operator may not change its inputs or keep state: backward returns
+new tensors here, and the per-token loss forms its logits again. Gradients that nobody wants are empty tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.autograd.functions import TokenPass, run_cross_entropy, statistic, token_kind
 from slime_fused.autograd.gradient_store import refuse_transformed_backward
+from slime_fused.autograd.token_losses import TokenPass, run_cross_entropy, statistic, token_kind
 from slime_fused.autograd.unit_losses import run_unit_loss
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
 from slime_fused.engine.calls import HeadOptions, LabelledRows, LinearRequest, Wants, prepare_call

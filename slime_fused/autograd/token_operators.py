@@ -1,6 +1,6 @@
 """The passes over what a head has made, its logits and their log-probs, as `torch.library` operators.
 
-As in `library.py`: nothing is changed in place, and a gradient that nobody wants is an empty tensor.
+As in `operators.py`: nothing is changed in place, and a gradient that nobody wants is an empty tensor.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from slime_fused.autograd import logits_passes
-from slime_fused.autograd.functions import run_slime_terms
 from slime_fused.autograd.gradient_store import refuse_transformed_backward
+from slime_fused.autograd.token_losses import run_slime_terms
 from slime_fused.backends import resolve_backend
 from slime_fused.backends.base import HeadTransform, TokenLoss, acc_dtype
 from slime_fused.losses.registry import loss_of
