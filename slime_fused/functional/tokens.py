@@ -76,7 +76,8 @@ def linear_logprobs(
         return_stats: names among "entropy", "mean_logit", "is_top1", "sum_sq_probs" and "lse": see
             `TokenStatistics`. They come from the visit of the logits that forms the log-probs, without another
             product. The entropy carries a gradient; for it nothing is formed in forward but statistics, which costs
-            a product more where the head is frozen or a workspace does not hold all logits (`explain_plan`).
+            a product more where backward forms the logits again and the head is frozen, or the logits are float32
+            beside 16-bit operands (`explain_plan`).
 
     Returns:
         Log-probs in the shape of ``labels``, float32 (float64 for float64), 0 where the label is ignored. With
