@@ -103,6 +103,68 @@ def check_units_by_pairs(name: str) -> None:
         torch.testing.assert_close(got / world, expected, rtol=1e-12, atol=1e-13)
 
 
+def check_a_process_without_tokens(_: Any) -> None:
+    """One process holds no label of the batch: its loss is 0, and the mean over the processes is the batch's."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole = make_batch((4, 3, 5, 2), prompt=0, padding=0)
+    truth = run(sf.reference.preference_loss, whole, wanted=("hidden", "weight"), loss=sf.losses.SFT())
+    leaves = whole.leaves(("hidden", "weight"))
+    labels = whole.labels if rank == 0 else torch.full_like(whole.labels, -100)
+    own = Batch(leaves.hidden, leaves.weight, labels)
+    loss = own.call(sf.preference_loss, loss=sf.losses.SFT(), dp_group=dist.group.WORLD).loss
+    loss.backward()
+    for got, expected in (
+        (loss.detach().clone(), truth.outputs["loss"]),
+        (leaves.hidden.grad, truth.grads["hidden"]),
+        (leaves.weight.grad, truth.grads["weight"]),
+    ):
+        dist.all_reduce(got)
+        torch.testing.assert_close(got / world, expected, rtol=1e-12, atol=1e-13)
+
+
+def check_shapes_that_tell_one_process_less(group: dist.ProcessGroup) -> None:
+    """The first process holds as many rows as there are pairs, or sequences: what is given for these is theirs."""
+    rank = dist.get_rank(group)
+
+    def weighed(pairs: sf.losses.Pairs) -> Tensor:
+        return (pairs.rejected_mean_logps - pairs.chosen_mean_logps) * pairs.given["per_pair"]
+
+    def by_sequence(sequences: sf.losses.Sequences) -> Tensor:
+        return -sequences.mean_over_tokens(sequences.logps * sequences.given["per_token"])
+
+    batch = pack(make_batch((3, 2, 4, 3), prompt=0, padding=0), drop=0)
+    bounds = batch.cu_seqlens.tolist()
+    per_token = torch.linspace(0.5, 2, bounds[-1], dtype=torch.float64)
+    numbers = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    whole_of = sf.losses.Own(by_sequence, unit="sequence")
+    for held, loss, of_units, of_tokens in (
+        ((1, 0, 1, 0), sf.losses.SimPO(), {"loss_weights": numbers}, {}),
+        ((1, 0, 1, 0), sf.losses.Own(weighed), {"per_pair": numbers}, {}),
+        ((1, 1, 1, 1), whole_of, {}, {"per_token": per_token}),
+    ):
+        parts = [
+            range(begin, begin + held[s]) if rank == 0 else range(begin + held[s], end)
+            for s, (begin, end) in enumerate(pairwise(bounds))
+        ]
+        own = torch.tensor([row for part in parts for row in part])
+        own_bounds = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0).to(torch.int32)
+        options = {name: value for name, value in of_units.items() if name == "loss_weights"}
+        extra = {name: value for name, value in of_units.items() if name != "loss_weights"}
+        out = sf.preference_loss(
+            batch.hidden[own],
+            batch.weight,
+            batch.labels[own],
+            loss=loss,
+            cu_seqlens=own_bounds,
+            cp_group=group,
+            extra={**extra, **{name: value[own] for name, value in of_tokens.items()}},
+            **options,
+        )
+        expected = batch.call(sf.reference.preference_loss, loss=loss, extra={**extra, **of_tokens}, **options)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(out.mean_logps, expected.mean_logps, rtol=1e-12, atol=1e-13)
+
+
 def checks(take: Any, bounds: tuple[int, ...]) -> dict[str, Callable[[Any], None]]:
     """By name; each is called with the worker's groups. ``take`` is the worker's: a part of a tensor."""
     return {
@@ -111,6 +173,8 @@ def checks(take: Any, bounds: tuple[int, ...]) -> dict[str, Callable[[Any], None
             for name in NAMES
         },
         **{f"tokens-{name}": lambda groups, n=name: check_units_by_tokens(n, groups.row, take) for name in NAMES},
+        "batch-without-tokens": check_a_process_without_tokens,
+        "tokens-coinciding": lambda groups: check_shapes_that_tell_one_process_less(groups.row),
         # KTO's baseline of a batch is each process's own.
         **{f"batch-{name}": lambda _, n=name: check_units_by_pairs(n) for name in NAMES if name != "kto_batch"},
     }

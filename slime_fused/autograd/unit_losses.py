@@ -16,7 +16,7 @@ from slime_fused.autograd.token_losses import needs_distribution, spread_results
 from slime_fused.autograd.token_operators import segment_sum_op
 from slime_fused.backends.base import Backend
 from slime_fused.engine.calls import Call, LinearRequest, LossKind, prepare_call
-from slime_fused.engine.distributed import count_batch, find_group
+from slime_fused.engine.distributed import count_batch, find_group, gather_ints
 from slime_fused.engine.gradients import GradientDtypes, Gradients
 from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.row_results import RowResults
@@ -116,8 +116,10 @@ class _LossRun:
         self._call = call
         self._loss = loss
         self._batch = batch
-        self._given = {name: _Given(name, value, call.layout, loss.unit) for name, value in given.items()}
+        kinds = _kinds_of(call, loss.unit, given)
+        self._given = {name: _Given(value, call.layout, kinds[name]) for name, value in given.items()}
         self._said: list[UnitTerms] = []
+        self._shared_means: list[tuple[Sequence[int], Tensor]] = []
 
     def __call__(self, logps: Tensor, part: Part) -> Tensor | None:
         """See `Evaluation`."""
@@ -126,6 +128,7 @@ class _LossRun:
             terms, d_logps = self._evaluate(self._units(logps, part, part.bounds))
         else:
             logps, bounds, own = context.complete(logps, part.sequences)
+            self._shared_means.append((part.sequences, self._means(logps, bounds)))
             terms, d_logps = self._evaluate(self._units(logps, part, bounds))
             d_logps = None if d_logps is None else d_logps.index_select(0, own)
         self._said.append(terms)
@@ -137,23 +140,28 @@ class _LossRun:
         total = _total([said.loss for said in self._said])
         numbers = [_total([said.terms[name] for said in self._said]) for name in loss.term_names]
         numbers += [_total([said.metrics[name] for said in self._said]) for name in loss.metric_names]
-        means = logps.new_empty(len(layout.lengths))
-        whole, bounds = self._whole(logps)
-        self._call.head.backend.segment_sum(whole, bounds, means, mean=True)
         return UnitOutputs(
             total,
             torch.stack(numbers) if numbers else total.new_empty(0),
-            means,
+            self._mean_logps(logps),
             _of_tokens(results, layout, asked),
         )
 
-    def _whole(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-probs of all labelled tokens that processes share, and the boundaries of the sequences."""
-        context, lengths = self._call.context, self._call.layout.lengths
-        if context is None:
-            return logps, self._call.layout.ints(cumulative(lengths))
-        whole, bounds, _ = context.complete(logps, range(len(lengths)))
-        return whole, bounds
+    def _mean_logps(self, logps: Tensor) -> Tensor:
+        """(S,)"""
+        layout = self._call.layout
+        if self._call.context is None:
+            return self._means(logps, layout.ints(cumulative(layout.lengths)))
+        order = [s for sequences, _ in self._shared_means for s in sequences]
+        means = torch.cat([means for _, means in self._shared_means])
+        if order == sorted(order):
+            return means
+        return torch.empty_like(means).index_copy_(0, layout.ints(order).long(), means)
+
+    def _means(self, logps: Tensor, bounds: Tensor) -> Tensor:
+        means = logps.new_empty(bounds.shape[0] - 1)
+        self._call.head.backend.segment_sum(logps, bounds, means, mean=True)
+        return means
 
     def _evaluate(self, units: Sequences | Tokens) -> tuple[UnitTerms, Tensor | None]:
         wants = self._call.plan.problem.wants_gradient
@@ -188,7 +196,8 @@ class _LossRun:
             name: units.to_tokens(given[name]) if value.is_per_sequence else given[name]
             for name, value in self._given.items()
         }
-        return Tokens(logps, units.to_tokens(units.lengths), self._batch, spread, first_unit=part.begin)
+        first = sum(self._call.lengths[: part.sequences[0]])
+        return Tokens(logps, units.to_tokens(units.lengths), self._batch, spread, first_unit=first)
 
     @cached_property
     def _lengths_by_token(self) -> Tensor:
@@ -197,15 +206,35 @@ class _LossRun:
         return layout.to_labelled(layout.ints(layout.lengths))
 
 
+def _kinds_of(call: Call, unit: Unit, given: Mapping[str, Tensor]) -> dict[str, bool]:
+    """Which of the tensors have one number for each token.
+
+    Processes that share the tokens hold other numbers of them, so that one's shapes may tell it less, or something
+    else, than the others: they go by those whose shapes leave no choice.
+    """
+    shape, sequences, context = call.layout.shape, len(call.layout.lengths), call.context
+    kinds = {name: is_given_per_token(name, tuple(x.shape), shape, sequences, unit) for name, x in given.items()}
+    if context is None or not given:
+        return kinds
+    others = {(sequences,), (sequences // 2,)}
+    own = [2 if tuple(x.shape) == shape and shape in others else int(kinds[name]) for name, x in given.items()]
+    told = gather_ints(own, context.group, call.head.hidden.device)
+    for name, codes in zip(given, zip(*told, strict=True), strict=True):
+        certain = set(codes) - {2}
+        if len(certain) > 1:
+            raise ValueError(f"{name}: expected one for each token on every process of cp_group, or on none")
+        kinds[name] = bool(certain.pop()) if certain else kinds[name]
+    return kinds
+
+
 class _Given:
     """A tensor that the caller gave for a loss, and what one of its numbers is for."""
 
-    def __init__(self, name: str, value: Tensor, layout: TokenLayout, unit: Unit) -> None:
+    def __init__(self, value: Tensor, layout: TokenLayout, is_per_token: bool) -> None:
         self._layout = layout
-        shape, sequences = tuple(value.shape), len(layout.lengths)
-        self.is_per_token = is_given_per_token(name, shape, layout.shape, sequences, unit)
-        self.is_per_sequence = not self.is_per_token and shape == (sequences,)
-        self._value = layout.of_labelled(value.flatten()) if self.is_per_token else value
+        self.is_per_token = is_per_token
+        self.is_per_sequence = not is_per_token and tuple(value.shape) == (len(layout.lengths),)
+        self._value = layout.of_labelled(value.flatten()) if is_per_token else value
 
     @cached_property
     def spread(self) -> Tensor:

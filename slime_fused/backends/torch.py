@@ -85,7 +85,9 @@ class TorchBackend:
         if loss is not None:
             lse = row_max + row_sum.log()
             eps, vocab = token_loss.label_smoothing, logits.shape[1]
-            value = -(1 - eps) * logp + token_loss.z_loss * lse**2
+            value = -(1 - eps) * logp
+            if token_loss.z_loss:
+                value = value + token_loss.z_loss * lse**2
             if eps:
                 value = value + eps * (lse - z.sum(1) / vocab)
             loss.copy_(value.masked_fill_(ignored, 0))

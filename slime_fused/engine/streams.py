@@ -84,7 +84,9 @@ def _sweep(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
 def _parts(layout: TokenLayout, plan: Plan) -> list[Part]:
     """The chunks of a plan, their boundaries taken to the device in one copy."""
     if plan.problem.unit == "token":
-        return [Part(c.begin, c.end, RowSet(layout, [(c.begin, c.end)]), (), None) for c in plan.chunks]
+        chunks = [Part(c.begin, c.end, RowSet(layout, [(c.begin, c.end)]), (), None) for c in plan.chunks]
+        # A process may hold no token of a batch that others have some of.
+        return chunks or [_whole(layout, plan)]
     if plan.problem.unit == "batch" or len(plan.chunks) == 1:
         return [_whole(layout, plan)]
     starts = cumulative(layout.lengths)

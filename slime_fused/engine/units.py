@@ -61,6 +61,8 @@ def is_given_per_token(
     """Whether what was given is for tokens, by its shape; by its name, else the loss's unit, where S = N_all."""
     if shape != labels_shape or not shape:
         return False
+    if name == "loss_weights":
+        return unit == "token"
     if shape != (sequences,) or name in GIVEN_PER_TOKEN:
         return True
     return unit == "token" and name not in GIVEN_PER_SEQUENCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class GivenChecks:
 
     def scalar(self, name: str, value: Tensor | float) -> Tensor:
         """A number."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, Real) and not isinstance(value, bool):
             return self._labels.new_full((), float(value), dtype=self._dtype)
         return self._of_shape(name, value, [()], "a number")
 

@@ -12,7 +12,7 @@ from slime_fused.engine.layout import TokenLayout
 from slime_fused.engine.units import Loss, Pairs, UnitTerms
 from slime_fused.functional.arguments import linear_request, statistic_names
 from slime_fused.functional.given import GivenChecks, run_loss, token_statistics
-from slime_fused.losses import Slime, SlimeLossConfig, as_loss
+from slime_fused.losses import PolicyGradient, Slime, SlimeLossConfig, as_loss
 from slime_fused.output import PreferenceOutput, SlimeOutput, named_numbers
 
 if TYPE_CHECKING:  # a torch without distributed support has no such class
@@ -169,6 +169,8 @@ def preference_loss(
             another shape; values that are not one per unit, carry no gradient, or are NaN for finite log-probs.
     """
     value = as_loss(loss)
+    if isinstance(value, PolicyGradient):
+        raise ValueError(f"loss: expected a loss of preferences, got {value!r}: call token_policy_loss")
     asked = () if return_stats is None else ("logps", *statistic_names(return_stats))
     hidden, weight, bias, request = linear_request(
         hidden,

@@ -11,6 +11,9 @@ from slime_fused.losses.base import expm1_within_range
 from slime_fused.losses.hyperparameters import require_number
 from slime_fused.losses.pairwise import NllReduction, PairFormula, logistic
 
+_LEAST_ALPHA = 1e-9
+"""Below it the reward is that of alpha 0 to all digits, and beta / alpha may leave float32."""
+
 
 @dataclass(frozen=True)
 class AlphaPO(PairFormula):
@@ -43,6 +46,8 @@ class AlphaPO(PairFormula):
 
     def __post_init__(self) -> None:
         require_number(self, "alpha")
+        if 0 < abs(self.alpha) < _LEAST_ALPHA:
+            raise ValueError(f"alpha: expected 0, or at least {_LEAST_ALPHA} either way, got {self.alpha!r}")
         require_number(self, "beta", above=0)
         require_number(self, "gamma", least=0)
         require_number(self, "label_smoothing", least=0, below=0.5)

@@ -123,10 +123,12 @@ def shares_and_gradient(
     depend on the log-probs, or are NaN (or have a derivative that is) where these are finite; on a GPU the last is
     an asynchronous assertion. TypeError for what is no `UnitTerms`.
     """
-    logps = units.logps.detach().requires_grad_(wants_gradient)
+    # Without a gradient nothing stops a function that changes what it sees, and these are the engine's.
+    logps = units.logps.detach().requires_grad_() if wants_gradient else units.logps.clone()
     with torch.enable_grad():
         values = loss.values(replace(units, logps=logps))
     _check_form(loss, units, values)
+    values = _in_dtype(values, logps.dtype)
     share = units.given[WEIGHTS] / units.batch.units(loss.unit) if WEIGHTS in units.given else None
     plain_share = 1 / units.batch.units(loss.unit)
     factor = plain_share if share is None else share.to(logps.dtype)
@@ -137,21 +139,27 @@ def shares_and_gradient(
     return UnitTerms(values.loss.detach() * factor, terms, metrics), d_logps
 
 
+def _in_dtype(values: UnitTerms, dtype: torch.dtype) -> UnitTerms:
+    terms = {name: term.to(dtype) for name, term in values.terms.items()}
+    return UnitTerms(values.loss.to(dtype), terms, {name: x.to(dtype) for name, x in values.metrics.items()})
+
+
 def exp_within_range(exponents: Tensor) -> Tensor:
     """exp, of no more than what leaves a factor of 2^20 to the largest number of the dtype.
 
     Beyond it the result, and so the loss, is constant. exp would be infinite there, and its derivative times the
     zero of a side that a minimum or a sigmoid switches off would be NaN.
     """
-    return torch.exp(exponents.clamp(max=_largest_exponent(exponents.dtype)))
+    return torch.exp(exponents.clamp(max=largest_exponent(exponents.dtype)))
 
 
 def expm1_within_range(exponents: Tensor) -> Tensor:
     """As `exp_within_range`, minus one."""
-    return torch.expm1(exponents.clamp(max=_largest_exponent(exponents.dtype)))
+    return torch.expm1(exponents.clamp(max=largest_exponent(exponents.dtype)))
 
 
-def _largest_exponent(dtype: torch.dtype) -> float:
+def largest_exponent(dtype: torch.dtype) -> float:
+    """Of what exp makes at most 2^-20 of the dtype's largest number."""
     return math.log(torch.finfo(dtype).max) - 20 * math.log(2)
 
 

@@ -30,7 +30,8 @@ class KTO(Formula):
       responses of others, and the mean of what policy and reference differ by: `mismatched_baseline`. The loss then
       streams sequence by sequence.
     * "batch": the mean of ``d`` over the batch's own sequences, the estimate where these were sampled from the
-      policy. It needs the whole batch, which costs a fourth product; each process takes its own.
+      policy. It needs the whole batch, which costs a fourth product where its logits do not fit; each process
+      takes its own.
     * "zero": none, which is TRL's ``loss_type="apo_zero_unpaired"``.
 
     A batch of one kind only is no special case: its mean is over that kind, and the other adds nothing, as in the

@@ -11,9 +11,6 @@ from slime_fused.engine.units import Pairs, UnitTerms
 from slime_fused.losses.hyperparameters import require_number
 from slime_fused.losses.pairwise import NllReduction, PairFormula, logistic
 
-_LARGEST = -(2.0**-40)
-"""Of a mean log-prob in the odds: those above it are 0 but for rounding, and at 0 the odds are infinite."""
-
 
 @dataclass(frozen=True)
 class ORPO(PairFormula):
@@ -29,8 +26,8 @@ class ORPO(PairFormula):
     over all chosen tokens of the batch ("token"), and count the prompt's among them, which here only labelled
     tokens do.
 
-    A mean log-prob above -2^-40 counts as that in the odds, so that a response of probability 1 has a finite loss;
-    its derivative is the one at that place.
+    A mean log-prob above minus the machine epsilon of its dtype counts as that in the odds, so that a response of
+    probability 1 has a finite loss; its derivative is the one at that place.
 
     Terms: ``preference`` (the odds ratio's) and ``nll``. Metrics: ``rewards/chosen`` and ``rewards/rejected``,
     ``beta m_w`` and ``beta m_l``, and ``rewards/accuracies``.
@@ -59,6 +56,10 @@ def log_odds(logps: Tensor) -> Tensor:
 
     expm1 keeps 1 - p exact where p is near 1. Where p is near 0 the logarithm of 1 - p is exact to an absolute
     rounding error, which is all that counts beside log p.
+
+    Log-probs above -eps come of a softmax that rounded. Its residual still holds a 1 - p of up to eps / 2, which
+    meets the derivative 1 / (1 - p) there: a larger derivative would make any number of that.
     """
-    below_zero = logps + (logps.detach().clamp(max=_LARGEST) - logps.detach())
+    known = logps.detach()
+    below_zero = logps + (known.clamp(max=-torch.finfo(logps.dtype).eps) - known)
     return below_zero - torch.log(-torch.expm1(below_zero))

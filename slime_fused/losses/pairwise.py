@@ -68,4 +68,4 @@ def chosen_nll(pairs: Pairs, reduction: NllReduction) -> Tensor:
     """
     if reduction == "sequence":
         return -pairs.chosen_mean_logps
-    return -pairs.chosen_sum_logps * (pairs.batch.pairs / max(pairs.batch.chosen_tokens, 1.0))
+    return -pairs.chosen_sum_logps * (pairs.batch.pairs / (pairs.batch.chosen_tokens or 1.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slime_fused.engine.units import Sequences, Tokens, Unit, UnitTerms
-from slime_fused.losses.base import Formula, exp_within_range, expm1_within_range
+from slime_fused.losses.base import Formula, exp_within_range, largest_exponent
 from slime_fused.losses.hyperparameters import require_choice, require_number
 
 
@@ -117,13 +117,14 @@ class PolicyGradient(Formula):
         if not self.beta:
             return UnitTerms(policy, {"policy": policy}, metrics)
         log_to_ref = units.given["ref_token_logps"] - units.logps
-        kl = expm1_within_range(log_to_ref) - log_to_ref
+        log_to_ref = log_to_ref.clamp(max=largest_exponent(log_to_ref.dtype))
+        kl = torch.expm1(log_to_ref) - log_to_ref
         weighted = self.beta * self._weights_of_tokens(units) * kl
         metrics["kl"] = kl.detach()
         if self.level == "sequence":
             sequences = cast(Sequences, units)
             weighted = sequences.sum_over_tokens(weighted)
-            per_token = sequences.batch.sequences / max(sequences.batch.tokens, 1.0)
+            per_token = sequences.batch.sequences / (sequences.batch.tokens or 1.0)
             metrics["kl"] = sequences.sum_over_tokens(metrics["kl"]) * per_token
         return UnitTerms(policy + weighted, {"policy": policy, "kl": weighted}, metrics)
 
@@ -131,7 +132,7 @@ class PolicyGradient(Formula):
         """(n,) or a number: what a token's value counts in its unit's, of which the batch's mean is taken."""
         batch = units.batch
         if self.normalisation == "token":
-            return batch.units(self.level) / max(batch.tokens, 1.0)
+            return batch.units(self.level) / (batch.tokens or 1.0)
         per_sequence = batch.units(self.level) / batch.sequences
         if self.normalisation == "constant":
             return per_sequence / cast(int, self.max_length)

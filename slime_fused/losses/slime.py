@@ -54,7 +54,7 @@ class Slime(SlimeHyperparameters, Formula):
         if self.stabilizer_reduction == "sequence":
             penalty = units.mean_over_tokens(penalties)[units.count :]
         else:
-            weight = units.batch.pairs / max(units.batch.rejected_tokens, 1.0)
+            weight = units.batch.pairs / (units.batch.rejected_tokens or 1.0)
             penalty = units.sum_over_tokens(penalties)[units.count :] * weight
         terms = {
             "anchor": -self.lambda_w * units.chosen_mean_logps,
@@ -82,7 +82,7 @@ class Slime(SlimeHyperparameters, Formula):
 
     def _weights(self, pairs: Pairs) -> SlimeWeights:
         is_token = self.stabilizer_reduction == "token"
-        token_weight = 1 / max(pairs.batch.rejected_tokens, 1.0) if is_token else 0.0
+        token_weight = 1 / (pairs.batch.rejected_tokens or 1.0) if is_token else 0.0
         numbers = [getattr(self, field.name) for field in fields(self) if field.name != "stabilizer_reduction"]
         return SlimeWeights(*[*numbers, 1 / pairs.batch.pairs, token_weight])
 

@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from slime_fused import losses as L
 
 
+def _bounded(x):
+    """x as far as the dtype holds its exponential with 20 bits to spare; constant beyond."""
+    return torch.clamp(x, max=math.log(torch.finfo(x.dtype).max) - 20 * math.log(2))
+
+
 def _exp(x):
-    """exp as far as the dtype holds it with 20 bits to spare; constant beyond."""
-    return torch.exp(torch.clamp(x, max=math.log(torch.finfo(x.dtype).max) - 20 * math.log(2)))
+    return torch.exp(_bounded(x))
 
 
 def pairs_of(batch, values):
@@ -97,11 +101,11 @@ def cpo(loss):
 
 
 class _LogOdds(torch.autograd.Function):
-    """log(p / (1 - p)), with the derivative 1 / (1 - p), both at min(log p, -2^-40)."""
+    """log(p / (1 - p)), with the derivative 1 / (1 - p), both at min(log p, -eps)."""
 
     @staticmethod
     def forward(ctx, logp):
-        logp = torch.clamp(logp, max=-(2.0**-40))
+        logp = torch.clamp(logp, max=-torch.finfo(logp.dtype).eps)
         ctx.save_for_backward(logp)
         return logp - (-torch.expm1(logp)).log()
 
@@ -196,7 +200,7 @@ def policy_gradient(loss):
                 else:
                     value = one((new - before).mean(), advantages[i])
                 if loss.beta:
-                    x = reference[t] - new[t]
+                    x = _bounded(reference[t] - new[t])
                     value = value + loss.beta * (_exp(x) - x - 1)
                 values.append(weight * value)
                 place += 1
