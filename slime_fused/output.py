@@ -127,7 +127,7 @@ class TokenStatistics:
     mean_logit: Tensor | None = None
     """mean_v z_v"""
     is_top1: Tensor | None = None
-    """bool: whether the label is the likeliest token (of equals the first): token accuracy is its mean."""
+    """bool: whether the label is the likeliest token (of equals the first), False where it is ignored."""
     sum_sq_probs: Tensor | None = None
     """sum_v p_v^2; TRL and WPO take its logarithm."""
     lse: Tensor | None = None

@@ -102,3 +102,72 @@ def test_numbers_of_numpy():
     }
     losses = [batch.call(sf.preference_loss, kl_baseline=number, **given).loss for number in (0.5, np.float32(0.5))]
     assert losses[0] == losses[1]
+
+
+def test_references_made_in_inference_mode():
+    batch = make_batch()
+    with torch.inference_mode():
+        sums, tokens = batch.call(sf.sequence_logprobs), batch.call(sf.linear_logprobs)
+    given = {"advantages": sums, "old_logps": tokens, "ref_token_logps": tokens}
+    for level in ("token", "sequence"):
+        loss = sf.losses.PolicyGradient(beta=0.1, level=level)
+        batch.leaves().call(sf.token_policy_loss, loss=loss, **given).loss.backward()
+    own = batch.leaves()
+    own.call(
+        sf.preference_loss,
+        loss=lambda pairs: pairs.chosen_mean_logps * pairs.ref_chosen_sum_logps,
+        ref_sum_logps=sums,
+    ).loss.backward()
+    assert own.hidden.grad.isfinite().all()
+
+
+def test_integers_given_for_an_own_loss_stay_integers():
+    seen = []
+
+    def loss(pairs):
+        seen.append(pairs.given["ids"].clone())
+        return pairs.rejected_mean_logps
+
+    batch = make_batch(dtype=torch.float32)
+    ids = torch.arange(batch.labels.shape[0] // 2) + 16777217
+    batch.call(sf.preference_loss, loss=loss, extra={"ids": ids})
+    torch.testing.assert_close(torch.cat(seen), ids, rtol=0, atol=0)
+
+
+def test_references_that_nobody_gave():
+    with pytest.raises(ValueError, match="ref_sum_logps: expected a reference model's log-probs"):
+        make_batch().call(sf.preference_loss, loss=lambda pairs: pairs.ref_chosen_sum_logps)
+
+
+def test_per_token_results_can_be_masked_in_place():
+    batch = make_batch()
+    mask = batch.labels % 2 == 0
+    grads = []
+    for in_place in (False, True):
+        leaves = batch.leaves()
+        told = leaves.call(sf.linear_cross_entropy, reduction="none", return_stats=("entropy",))
+        losses, entropy = told.losses, told.entropy
+        if in_place:
+            losses *= mask
+            entropy.mul_(mask)
+        else:
+            losses, entropy = losses * mask, entropy * mask
+        (losses.sum() + entropy.sum()).backward()
+        grads.append(leaves.hidden.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=0)
+
+
+def test_sizes_that_a_graph_keeps_symbolic():
+    torch._dynamo.reset()
+    batch = make_batch((4, 3, 5, 2), dtype=torch.float32)
+    loss, references = sf.losses.DPO(), torch.full((4,), -9.0)
+    hidden, labels = batch.hidden.clone().requires_grad_(), batch.labels.clone()
+    for tensor in (hidden, labels):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def step(hidden, weight, labels, references):
+        return sf.preference_loss(hidden, weight, labels, loss=loss, ref_sum_logps=references).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = compiled(hidden, batch.weight, labels, references)
+    torch.testing.assert_close(got, step(hidden, batch.weight, labels, references), rtol=1e-6, atol=0)

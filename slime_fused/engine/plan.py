@@ -286,7 +286,7 @@ def plan_by_rows(problem: Problem, workspace: int) -> Plan:
 def _plan_fused(other: Plan) -> Plan | None:
     """The plan that takes the place of ``other`` by vocabulary blocks, where the backend can and it pays."""
     p, workspace = other.problem, other.workspace
-    if not p.has_linear_stats or p.rows == 0:
+    if not p.has_linear_stats or p.rows == 0 or workspace < p.linear_stats_row_bytes:
         return None
     chunks = _row_chunks(p.rows, workspace // p.linear_stats_row_bytes)
     if other.kind == "eval":

@@ -126,6 +126,11 @@ class Sequences:
             return self.given["ref_sum_logps"]
         if "ref_mean_logps" in self.given:
             return self.given["ref_mean_logps"] * self.lengths
+        if "ref_token_logps" not in self.given:
+            raise ValueError(
+                "ref_sum_logps: expected a reference model's log-probs, which the loss asks for (as sums, as means "
+                "or per token: see preference_loss), got none"
+            )
         return self.sum_over_tokens(self.given["ref_token_logps"])
 
     @cached_property

@@ -11,7 +11,10 @@ from slime_fused.engine.problem import Problem
 
 _AUTO_ROWS = {"cpu": 2048, "gpu": 4096}
 _AUTO_CAP = {"cpu": 1 << 30, "gpu": 4 << 30}
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS = {
+    **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40},
+}
 
 
 def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -> int:
@@ -43,7 +46,7 @@ def _automatic_workspace(problem: Problem, kind: Literal["cpu", "gpu"]) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """ "512MiB" -> 536870912. Units: B, KB, MB, GB (powers of 1000), KiB, MiB, GiB (powers of 1024)."""
+    """ "512MiB" -> 536870912. Units: B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"workspace: expected 'auto', bytes, or a string such as '512MiB', got {text!r}")

@@ -129,12 +129,16 @@ class GivenChecks:
     def scalar(self, name: str, value: Tensor | float) -> Tensor:
         """A number."""
         if isinstance(value, Real) and not isinstance(value, bool):
-            return self._labels.new_full((), float(value), dtype=self._dtype)
+            try:
+                number = float(value)
+            except OverflowError:
+                raise ValueError(f"{name}: expected a number within float64's range, got {value!r}") from None
+            return self._labels.new_full((), number, dtype=self._dtype)
         return self._of_shape(name, value, [()], "a number")
 
     def _of_shape(self, name: str, value: Any, shapes: list[tuple[int, ...]], what: str) -> Tensor:
         require_plain(name, value)
-        if tuple(value.shape) not in shapes:
+        if not any(_is_same(value.shape, shape) for shape in shapes):
             wanted = " or ".join(str(shape) for shape in shapes)
             raise ValueError(f"{name}: expected shape {wanted} ({what}), got {tuple(value.shape)}")
         if value.device != self._labels.device:
@@ -143,5 +147,11 @@ class GivenChecks:
             raise TypeError(f"{name}: expected real numbers, got {value.dtype}")
         value = value.detach()
         if not is_traced(value):
-            value = materialize(value)
-        return value if value.dtype == torch.bool else value.to(self._dtype)
+            # Autograd cannot save an inference tensor, and a formula may want to.
+            value = value.clone() if value.is_inference() else materialize(value)
+        return value.to(self._dtype) if value.is_floating_point() else value
+
+
+def _is_same(shape: torch.Size, expected: tuple[int, ...]) -> bool:
+    """Compared one by one: a tracer keeps sizes symbolic, and does not look for tuples of them in a list."""
+    return len(shape) == len(expected) and all(a == b for a, b in zip(shape, expected, strict=True))

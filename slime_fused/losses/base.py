@@ -127,6 +127,8 @@ def shares_and_gradient(
     logps = units.logps.detach().requires_grad_() if wants_gradient else units.logps.clone()
     with torch.enable_grad():
         values = loss.values(replace(units, logps=logps))
+    if isinstance(values, Tensor):
+        values = UnitTerms(values)
     _check_form(loss, units, values)
     values = _in_dtype(values, logps.dtype)
     share = units.given[WEIGHTS] / units.batch.units(loss.unit) if WEIGHTS in units.given else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest number of the dtype in which losses are computed, but for float64 inputs."""
 
 
 def require_number(
@@ -18,7 +20,7 @@ def require_number(
     below: float | None = None,
     kind: str = "number",
 ) -> None:
-    """Refuse a field of ``owner`` that is no finite number in that range; keep it as one of Python's own numbers.
+    """Refuse a field of ``owner`` that is no number in that range and in float32's; keep it as Python's own.
 
     ``kind`` is what an error of the range calls it. Raises TypeError for what is no number, ValueError for one that
     is not finite or out of range.
@@ -28,8 +30,8 @@ def require_number(
         raise TypeError(f"{name}: expected a number, got {value!r}")
     # Python's own: NumPy's would make a checkpoint that holds the configuration need NumPy.
     number = value if isinstance(value, int) else float(value)
-    if not -sys.float_info.max <= number <= sys.float_info.max:
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
+        raise ValueError(f"{name}: expected a finite number within float32's range, got {value!r}")
     object.__setattr__(owner, name, number)
     limits = [
         (">=", least, least is None or number >= least),

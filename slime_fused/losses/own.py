@@ -33,7 +33,8 @@ class Own(Formula):
     each, or a `UnitTerms` with named terms, which sum to the values, and metrics; their names are then given here,
     as ``term_names`` and ``metric_names``. The loss is the mean of the values over the batch. It may be called
     several times for one batch, each time with other units, and a unit's value must not depend on the others;
-    where it does, ``needs_batch=True`` shows it all units at once. Only log-probs get a gradient, by autograd.
+    where it does, ``needs_batch=True`` shows it all units at once. Only log-probs get a gradient, by autograd: what
+    has parameters of its own, such as a module, learns nothing.
 
     ``pairs.given`` holds what the caller gave beside the labels. ``needs`` names what is required of that, so that
     its absence is an error before any work is done; "ref_logps" is any of the three kinds of reference log-probs.
@@ -60,7 +61,8 @@ class Own(Formula):
         require_flag(self, "needs_batch")
         for field in ("needs", "term_names", "metric_names"):
             names = getattr(self, field)
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            is_sequence = isinstance(names, (tuple, list))
+            if not is_sequence or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"{field}: expected a tuple of names, got {names!r}")
             object.__setattr__(self, field, tuple(names))
         super().__post_init__()

@@ -67,7 +67,7 @@ class PolicyGradient(Formula):
         require_choice(self, "level", ("token", "sequence"))
         require_choice(self, "normalisation", ("token", "sequence", "constant"))
         if self.normalisation == "constant":
-            require_number(self, "max_length", above=0)
+            require_number(self, "max_length", least=1)
         elif self.max_length is not None:
             raise ValueError(f"max_length: expected None for {self.normalisation!r}, got {self.max_length!r}")
         super().__post_init__()
