@@ -105,7 +105,7 @@ def kind_of(loss: Loss, asked: Sequence[str] = ()) -> LossKind:
     return LossKind(
         "batch" if loss.needs_batch else loss.unit,
         is_paired=loss.unit == "pair",
-        wants_distribution=needs_distribution([name for name in asked if name != "logps"]),
+        wants_distribution=bool(asked) and needs_distribution([name for name in asked if name != "logps"]),
     )
 
 
@@ -212,9 +212,11 @@ def _kinds_of(call: Call, unit: Unit, given: Mapping[str, Tensor]) -> dict[str, 
     Processes that share the tokens hold other numbers of them, so that one's shapes may tell it less, or something
     else, than the others: they go by those whose shapes leave no choice.
     """
+    if not given:
+        return {}
     shape, sequences, context = call.layout.shape, len(call.layout.lengths), call.context
     kinds = {name: is_given_per_token(name, tuple(x.shape), shape, sequences, unit) for name, x in given.items()}
-    if context is None or not given:
+    if context is None:
         return kinds
     others = {(sequences,), (sequences // 2,)}
     own = [2 if tuple(x.shape) == shape and shape in others else int(kinds[name]) for name, x in given.items()]

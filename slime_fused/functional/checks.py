@@ -111,15 +111,15 @@ def check_transform(
     if logit_softcap is None:
         return
     softcap = _number("logit_softcap", logit_softcap, "None or a number > 0")
-    if softcap / divisor > limits.max:
-        raise ValueError(
-            f"temperature: expected a number by which a soft cap of {logit_softcap!r} can be divided, "
-            f"got {temperature!r}"
-        )
     if not limits.tiny <= softcap <= 1 / limits.tiny:
         raise ValueError(
             f"logit_softcap: expected None or a number > 0 from {limits.tiny:.3g} to {1 / limits.tiny:.3g}, "
             f"got {logit_softcap!r}"
+        )
+    if softcap / divisor > limits.max:
+        raise ValueError(
+            f"temperature: expected a number by which a soft cap of {logit_softcap!r} can be divided, "
+            f"got {temperature!r}"
         )
 
 

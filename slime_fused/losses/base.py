@@ -91,10 +91,13 @@ class Formula:
 
     def check_given(self, given: Mapping[str, Tensor]) -> None:
         """See `Loss.check_given`."""
+        needs = self.needs
+        if not given and not needs:
+            return
         references = [key for key in REFERENCES if key in given]
         if len(references) > 1:
             raise ValueError(f"{references[1]}: expected the reference's log-probs once, got {references[0]} too")
-        for key in self.needs:
+        for key in needs:
             if key == "ref_logps" and not references:
                 raise ValueError(
                     f"ref_sum_logps: {self.name} expected the reference model's log-probs (as sums, as means or "
@@ -102,7 +105,7 @@ class Formula:
                 )
             if key != "ref_logps" and key not in given:
                 raise ValueError(f"{key}: {self.name} expected it, got none")
-        accepted = {*self.needs, *self.takes, WEIGHTS}
+        accepted = {*needs, *self.takes, WEIGHTS}
         for key in () if self.takes_all else given:
             if key not in accepted and not ("ref_logps" in accepted and key in REFERENCES):
                 raise ValueError(f"{key}: {self.name} has no use for it; expected none")

@@ -20,7 +20,7 @@ def require_number(
     below: float | None = None,
     kind: str = "number",
 ) -> None:
-    """Refuse a field of ``owner`` that is no number in that range and in float32's; keep it as Python's own.
+    """Refuse a field of ``owner`` that is no number in that range, or infinite in float32; keep it as Python's own.
 
     ``kind`` is what an error of the range calls it. Raises TypeError for what is no number, ValueError for one that
     is not finite or out of range.
@@ -31,7 +31,7 @@ def require_number(
     # Python's own: NumPy's would make a checkpoint that holds the configuration need NumPy.
     number = value if isinstance(value, int) else float(value)
     if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
-        raise ValueError(f"{name}: expected a finite number within float32's range, got {value!r}")
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     object.__setattr__(owner, name, number)
     limits = [
         (">=", least, least is None or number >= least),
