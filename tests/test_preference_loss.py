@@ -31,7 +31,8 @@ def test_loss_and_gradients(name, dtype, kind, backend):
     workspace, plan = plan_of(kind, batch.leaves(), case.value)
     assert plan.kind == expected_plan(case.value, kind)
     options = options_of(case, batch)
-    assert_as_exact_as_plain(case.fused, case.plain, batch, options=options, backend=backend, workspace=workspace)
+    how = {"backend": backend, "workspace": workspace, "roundings": case.roundings}
+    assert_as_exact_as_plain(case.fused, case.plain, batch, options=options, **how)
 
 
 def expected_plan(loss, kind: str) -> str:
@@ -75,7 +76,8 @@ def test_wanted_gradients(name, kind, wanted):
     case, batch = CASES[name], make_batch(dtype=torch.float32, has_bias=True)
     workspace, _ = plan_of(kind, batch.leaves(wanted), case.value)
     options = options_of(case, batch)
-    assert_as_exact_as_plain(case.fused, case.plain, batch, options=options, workspace=workspace, wanted=wanted)
+    how = {"workspace": workspace, "wanted": wanted, "roundings": case.roundings}
+    assert_as_exact_as_plain(case.fused, case.plain, batch, options=options, **how)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,9 +115,8 @@ def test_float16_takes_a_scalers_factor(name):
         for kind in KINDS:
             workspace, _ = plan_of(kind, batch.leaves(), case.value)
             scaled = batch.to(torch.float32).to(torch.float16)
-            assert_as_exact_as_plain(
-                case.fused, case.plain, scaled, options=options, workspace=workspace, upstream=upstream / 128
-            )
+            how = {"workspace": workspace, "upstream": upstream / 128, "roundings": case.roundings}
+            assert_as_exact_as_plain(case.fused, case.plain, scaled, options=options, **how)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -62,11 +62,14 @@ class Case:
     given: tuple[str, ...] = ()
     function: str = "preference_loss"
 
+    is_steep: bool = False
+    """Whether the derivative is a log-prob or a difference of some, not a bounded function of them."""
+
     @property
     def roundings(self) -> float:
-        """For `assert_as_exact_as_plain`: the exponential of a policy's ratio hands on the error of a
-        log-prob, which is that of a logit of magnitude 8 or so, as a relative one."""
-        return 4.0 if self.function == "token_policy_loss" else 1.0
+        """For `assert_as_exact_as_plain`: what a derivative makes of an error of log-probs, that of a logit
+        of magnitude 8 or so. The exponential of a policy's ratio hands it on as a relative one."""
+        return 4.0 if self.function == "token_policy_loss" or self.is_steep else 2.0
 
     @property
     def value(self) -> Any:
@@ -125,7 +128,7 @@ PREFERENCE = {
     "slime": Case(Slime(stabilizer_reduction="token", margin_hard=6.0)),
     "dpo": Case(DPO(beta=0.3), ("ref_chosen_sum_logps", "ref_rejected_sum_logps")),
     "dpo_weighed": Case(DPO(beta=0.3, dpop=2.0), ("ref_sum_logps", "loss_weights")),
-    "ipo": Case(DPO(loss_type="ipo"), ("ref_mean_logps",)),
+    "ipo": Case(DPO(loss_type="ipo"), ("ref_mean_logps",), is_steep=True),
     "ld_dpo": Case(DPO(ld_alpha=0.4, nll_weight=0.5, nll_reduction="token"), ("ref_token_logps",)),
     "simpo": Case(SimPO(nll_weight=0.2)),
     "cpo": Case(CPO()),
@@ -136,10 +139,11 @@ PREFERENCE = {
     "kto_batch": Case(KTO(baseline="batch"), ("ref_mean_logps", "desirable")),
     "sft": Case(SFT()),
     "own_pairs": Case(own_pairs, ("offset", "level")),
-    "own_batch": Case(Own(own_batch, needs_batch=True)),
+    "own_batch": Case(Own(own_batch, needs_batch=True), is_steep=True),
     "own_tokens": Case(
         Own(own_tokens, unit="token", term_names=("first", "second"), metric_names=("length",)),
         ("per_sequence", "per_token"),
+        is_steep=True,
     ),
     "own_sequences": Case(Own(own_sequences, unit="sequence"), ("per_token",)),
 }
