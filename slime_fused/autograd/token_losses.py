@@ -106,7 +106,7 @@ class TokenLossFunction(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, *(() if bias is None else (bias,)))
             shape = request.rows.labels.shape
             loss = ctx.pass_.forward().view(shape)
-            told = [x.view(shape) for x in ctx.pass_.statistics(statistics)]
+            told = ctx.pass_.statistics(statistics, shape)
         ctx.statistics = statistics
         ctx.mark_non_differentiable(*(x for name, x in zip(statistics, told, strict=True) if name != "entropy"))
         return loss, *told
@@ -145,7 +145,7 @@ def needs_distribution(statistics: Sequence[str]) -> bool:
 
 
 def statistic(name: str, known: Tensor) -> Tensor:
-    """One of `STATISTICS` (N_all,), from `spread_results`; 0 (False) where the label is ignored."""
+    """One of `STATISTICS` (...), from `spread_results` as (K, ...); 0 (False) where the label is ignored."""
     row_max, row_sum, _, _, *distribution = known.unbind()
     if name == "lse":
         # Of an ignored row both are 0; where all logits are -inf, the sum.
@@ -176,11 +176,12 @@ class TokenPass:
         """What `resume` needs of a forward pass: see `spread_results`."""
         return spread_results(self.sweep.stats, self._layout)
 
-    def statistics(self, names: Sequence[str]) -> list[Tensor]:
-        """(N_all,) each."""
+    def statistics(self, names: Sequence[str], shape: torch.Size) -> list[Tensor]:
+        """In the ``shape`` of the labels each, in memory of their own, which callers may change."""
         if not names:
             return []
         known = self.all_stats()
+        known = known.view(known.shape[0], *shape)
         return [statistic(name, known) for name in names]
 
     def resume(self, unscaled_hidden_grad: Tensor | None, stats: Tensor) -> None:

@@ -23,7 +23,7 @@ from slime_fused.engine import buffers, products
 from slime_fused.engine.distributed import VocabShard
 from slime_fused.engine.gradients import GradientDtypes, float16_gain
 from slime_fused.engine.layout import TokenLayout
-from slime_fused.engine.mix import Mix
+from slime_fused.engine.mix import Mix, row_factors
 from slime_fused.engine.plan import Plan
 from slime_fused.engine.problem import padded_cols
 from slime_fused.engine.row_results import RowResults, finish_stats, stats_of_logits
@@ -55,6 +55,10 @@ class Head:
     def waiting_dtypes(self) -> GradientDtypes:
         """In which the gradients are formed."""
         return self.grad_dtypes.waiting(self.weight.dtype)
+
+    def empty_results(self, rows: int) -> RowResults:
+        """Uninitialised, for so many rows: what is wanted of each."""
+        return RowResults.empty(rows, self.hidden, with_distribution=self.wants_distribution)
 
     @property
     def vocab_size(self) -> int:
@@ -206,8 +210,7 @@ class ChunkEngine:
         self, block: LogitsBlock, out: Tensor, known: RowResults, gain: Tensor | None, mix: Mix | None, part: slice
     ) -> None:
         stats = known.span(part.start, part.stop)
-        own = None if gain is None else gain[part]
-        factors = RowFactors(own) if mix is None else mix.span(part.start, part.stop).factors(stats, own)
+        factors = row_factors(mix, stats, gain, part)
         self.head.backend.residual_from_stats(block, out, self.head.token_loss, stats, factors)
 
     def _gain(self, stats: RowResults, mix: Mix | None = None) -> Tensor | None:

@@ -26,8 +26,10 @@ class Mix:
     entropy: Tensor
 
     @classmethod
-    def of(cls, d_loss: Tensor, d_entropy: Tensor) -> tuple[Mix, Tensor]:
-        """(shares, what they are shares of), from the coefficients (M,)."""
+    def of(cls, d_loss: Tensor, d_entropy: Tensor | None) -> tuple[Mix | None, Tensor]:
+        """(shares, what they are shares of), from coefficients (M,); (None, ``d_loss``) where it stands alone."""
+        if d_entropy is None:
+            return None, d_loss
         largest = torch.maximum(d_loss.abs(), d_entropy.abs())
         divisor = torch.where(largest == 0, 1, largest)
         return cls(d_loss / divisor, d_entropy / divisor), largest
@@ -36,14 +38,23 @@ class Mix:
         """Of the rows begin to end."""
         return Mix(self.loss[begin:end], self.entropy[begin:end])
 
-    def factors(self, stats: RowResults, gain: Tensor | None) -> RowFactors:
-        """For `Backend.residual_from_stats`, each row times ``gain`` (M,) where there is one."""
-        assert stats.distribution is not None
-        loss, entropy = (self.loss, self.entropy) if gain is None else (self.loss * gain, self.entropy * gain)
-        return RowFactors(loss, stats.distribution.entropy, entropy)
-
     def bound(self, loss_bound: Tensor, stats: RowResults) -> Tensor:
         """(M,) what no entry of the residual is above, where ``loss_bound`` bounds the token loss's alone."""
         assert stats.distribution is not None
         entropy_bound = stats.distribution.entropy + LARGEST_TERM
         return self.loss.abs() * loss_bound + self.entropy.abs() * entropy_bound
+
+
+def row_factors(mix: Mix | None, stats: RowResults, gain: Tensor | None, part: slice) -> RowFactors:
+    """For `Backend.residual_from_stats` of the rows of ``part``, each times its ``gain`` where there is one.
+
+    ``stats`` are those rows' alone, ``mix`` and ``gain`` (M,) of all.
+    """
+    own_gain = None if gain is None else gain[part]
+    if mix is None:
+        return RowFactors(own_gain)
+    assert stats.distribution is not None
+    loss, entropy = mix.loss[part], mix.entropy[part]
+    if own_gain is not None:
+        loss, entropy = loss * own_gain, entropy * own_gain
+    return RowFactors(loss, stats.distribution.entropy, entropy)

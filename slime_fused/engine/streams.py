@@ -55,10 +55,10 @@ def _stream(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
     head, layout, plan = call.head, call.layout, call.plan
     engine, total = ChunkEngine(head, layout, plan), HeadSum(head, plan)
     d_hidden = engine.new_hidden_grad(head.waiting_dtypes.hidden)
-    results = _empty_results(head, layout.num_rows)
+    results = head.empty_results(layout.num_rows)
     for part in _parts(layout, plan):
         is_all = part.rows.count == layout.num_rows
-        stats = results if is_all else _empty_results(head, part.rows.count)
+        stats = results if is_all else head.empty_results(part.rows.count)
         residual = engine.residual(part.rows, stats)
         if not is_all:
             for of_all, of_part in zip(results.tensors(), stats.tensors(), strict=True):
@@ -70,10 +70,6 @@ def _stream(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:
             total.add(part.rows, residual, coefficient)
     engine.release_buffer()
     return results, total.gradients(d_hidden)
-
-
-def _empty_results(head: Head, rows: int) -> RowResults:
-    return RowResults.empty(rows, head.hidden, with_distribution=head.wants_distribution)
 
 
 def _sweep(call: Call, evaluate: Evaluation) -> tuple[RowResults, Gradients]:

@@ -79,7 +79,7 @@ class RowSweep:
         self._layout = layout
         self._plan = plan
         self._blocks = row_sets(layout, plan)
-        self.stats = _empty_results(head, layout)
+        self.stats = head.empty_results(layout.num_rows)
         self.unscaled: Tensor | None = None
 
     def forward(self) -> None:
@@ -157,7 +157,7 @@ class MixedSweep:
         self._plan = plan
         self._blocks = row_sets(layout, plan)
         self._logits: Tensor | None = None
-        self.stats = _empty_results(head, layout)
+        self.stats = head.empty_results(layout.num_rows)
 
     def forward(self) -> None:
         """Statistics of all rows; the logits stay where they are those of the only chunk of a stream."""
@@ -171,9 +171,7 @@ class MixedSweep:
 
     def backward(self, coefficient: Tensor, d_entropy: Tensor | None = None, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`. Without ``keeps`` the residual takes the place of kept logits."""
-        mix = None
-        if d_entropy is not None:
-            mix, coefficient = Mix.of(coefficient, d_entropy)
+        mix, coefficient = Mix.of(coefficient, d_entropy)
         engine, total = ChunkEngine(self._head, self._layout, self._plan), HeadSum(self._head, self._plan)
         d_hidden = engine.new_hidden_grad(self._head.waiting_dtypes.hidden)
         kept, self._logits = self._logits, self._logits if keeps else None
@@ -199,7 +197,7 @@ class FusedSweep:
         self._layout = layout
         self._plan = plan
         self._targets = layout.row_targets()
-        self.stats = _empty_results(head, layout)
+        self.stats = head.empty_results(layout.num_rows)
 
     def forward(self) -> None:
         """Statistics of all rows; no logits are written."""
@@ -218,9 +216,7 @@ class FusedSweep:
 
     def backward(self, coefficient: Tensor, d_entropy: Tensor | None = None, *, keeps: bool = False) -> Gradients:
         """See `Sweep.backward`. Nothing that forward left is used up."""
-        mix = None
-        if d_entropy is not None:
-            mix, coefficient = Mix.of(coefficient, d_entropy)
+        mix, coefficient = Mix.of(coefficient, d_entropy)
         head, problem = self._head, self._plan.problem
         rows = RowSet(self._layout, [(0, problem.rows)])
         wants = (problem.want_hidden, problem.want_weight, problem.want_bias)
@@ -233,10 +229,6 @@ class FusedSweep:
         d_hidden = labelled.new_zeros(head.hidden.shape)
         rows.put(d_hidden, labelled)
         return replace(gradients, hidden=d_hidden)
-
-
-def _empty_results(head: Head, layout: TokenLayout) -> RowResults:
-    return RowResults.empty(layout.num_rows, head.hidden, with_distribution=head.wants_distribution)
 
 
 def scale_rows(

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slime_fused.backends.base import RowFactors, acc_dtype
+from slime_fused.backends.base import acc_dtype
 from slime_fused.engine import products
 from slime_fused.engine.chunks import Head
 from slime_fused.engine.gradients import Gradients, float16_gain, float16_scale
-from slime_fused.engine.mix import Mix
+from slime_fused.engine.mix import Mix, row_factors
 from slime_fused.engine.problem import padded_cols
 from slime_fused.engine.row_results import RowResults
 
@@ -96,8 +96,8 @@ def vocab_sweep_backward(
             part = slice(first, min(first + (wide_rows or rows), rows))
             logits = residual if wide is None else wide[: part.stop - first, : cols.stop - begin]
             products.write_logits(hidden[part], weight[cols], logits)
-            known, own = stats.span(part.start, part.stop), None if gain is None else gain[part]
-            factors = RowFactors(own) if mix is None else mix.span(part.start, part.stop).factors(known, own)
+            known = stats.span(part.start, part.stop)
+            factors = row_factors(mix, known, gain, part)
             block = head.block(logits, labels[part], begin)
             head.backend.residual_from_stats(block, residual[part], head.token_loss, known, factors)
         if sum_hidden is not None:

@@ -254,7 +254,7 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         losses, told = _token_loss(hidden, weight, bias, request, token_loss, statistics)
-        # A copy, as of an entropy: autograd lets nobody mask in place what is one of several views.
+        # A copy: autograd lets nobody mask in place what is one of several outputs and a view.
         losses = losses.clone()
         return losses if return_stats is None else TokenStatistics(losses=losses, **told)
     mean = reduction == "mean"
@@ -278,8 +278,7 @@ def _token_loss(
     rows = request.rows
     if not is_traced(hidden, weight, rows.labels):
         loss, *told = token_losses.TokenLossFunction.apply(hidden, weight, bias, request, token_loss, statistics)
-        by_name = dict(zip(statistics, told, strict=True))
-        return loss, {name: x.clone() if name == "entropy" else x for name, x in by_name.items()}
+        return loss, dict(zip(statistics, told, strict=True))
     names = " ".join(statistics)
     numbers = (token_loss.label_smoothing, token_loss.z_loss, names, *operators.flat_request(request))
     loss, entropy, known, _ = operators.token_loss_op(hidden, weight, bias, rows.labels, rows.cu_seqlens, *numbers)

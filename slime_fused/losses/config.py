@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 StabilizerReduction = Literal["sequence", "token"]
 _REDUCTIONS = ("sequence", "token")
-_NUMBERS = ("lambda_w", "lambda_l", "lambda_d", "delta", "margin_hard", "margin_soft", "kappa", "power")
+NUMBERS = ("lambda_w", "lambda_l", "lambda_d", "delta", "margin_hard", "margin_soft", "kappa", "power")
+"""Fields that are numbers, in order."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SlimeHyperparameters:
     stabilizer_reduction: StabilizerReduction = "sequence"
 
     def __post_init__(self) -> None:
-        for name in _NUMBERS:
+        for name in NUMBERS:
             require_number(self, name)
         for name in ("lambda_w", "lambda_l", "lambda_d"):
             require_number(self, name, least=0, kind="weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from slime_fused.backends.base import Backend, SlimePairs, SlimeWeights
 from slime_fused.engine.units import Pairs, Sequences, Tokens, UnitTerms
 from slime_fused.losses.base import WEIGHTS, Formula
-from slime_fused.losses.config import SlimeHyperparameters
+from slime_fused.losses.config import NUMBERS, SlimeHyperparameters
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Slime(SlimeHyperparameters, Formula):
     def _weights(self, pairs: Pairs) -> SlimeWeights:
         is_token = self.stabilizer_reduction == "token"
         token_weight = 1 / (pairs.batch.rejected_tokens or 1.0) if is_token else 0.0
-        numbers = [getattr(self, field.name) for field in fields(self) if field.name != "stabilizer_reduction"]
-        return SlimeWeights(*[*numbers, 1 / pairs.batch.pairs, token_weight])
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        return SlimeWeights(**numbers, pair_weight=1 / pairs.batch.pairs, token_weight=token_weight)
 
 
 _PAPER = Slime()
-"""Made here, as a compiled graph can hold a loss but cannot make one."""
+"""Made once: every `slime_loss` without a configuration would check its fields again."""
