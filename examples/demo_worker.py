@@ -28,10 +28,10 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 import slime_fused
+from slime_fused.model.calls import naive_loss
 from slime_fused.trainer import PreferenceCollator, SlimeConfig, SlimeTrainer, load_model, load_tokenizer
 from slime_fused.trainer.data import PairTokenizer, prepare_dataset
 from slime_fused.trainer.formats import parse_pair
-from slime_fused.trainer.losses import naive_loss
 from slime_fused.trainer.reading import read_pairs
 
 REPORTED = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")

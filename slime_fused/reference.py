@@ -14,6 +14,7 @@ precision; otherwise every reduction runs in float32 (float64 for float64 inputs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -297,8 +298,22 @@ def preference_loss(
     logps, stats = _logprobs_and_stats(return_stats, hidden, weight, labels, shift=shift, **options)
     labels = _shift(labels, cu_seqlens, ignore_index) if shift else labels
     value: Formula = loss if isinstance(loss, Formula) else Own(loss)
-    terms, means = _loss_of_units(value, logps, labels, cu_seqlens, ignore_index, given)
-    return PreferenceOutput(*_means(terms), means, value.unit == "pair", stats)
+    return preference_terms(
+        logps, labels, value, given, cu_seqlens=cu_seqlens, ignore_index=ignore_index, stats=stats
+    )
+
+
+def preference_terms(
+    logps: Tensor,
+    labels: Tensor,
+    loss: Formula,
+    given: Mapping[str, Any],
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> PreferenceOutput:
+    """What `preference_loss` makes of log-probs in the labels' shape; ``given`` by the names that losses use."""
+    terms, means = _loss_of_units(loss, logps, labels, cu_seqlens, ignore_index, given)
+    return PreferenceOutput(*_means(terms), means, loss.unit == "pair")
 
 
 def token_policy_loss(

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "slime_fused"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("slime_fused.trainer",),
+    ("slime_fused.trainer", "slime_fused.integrations"),
+    ("slime_fused.model",),
     ("slime_fused",),
     ("slime_fused.modules",),
     ("slime_fused.functional", "slime_fused.reference", "slime_fused.info"),
@@ -123,10 +124,13 @@ def test_the_planner_and_the_configuration_are_pure(module):
     assert not any(name.split(".")[0] in impure for name in set(names) - set(PURE)), names
 
 
-def test_nothing_below_the_trainer_needs_its_dependencies():
-    heavy = {"transformers", "datasets", "peft", "accelerate", "gguf", "matplotlib", "rich", "typer", "yaml"}
+ON_TRANSFORMERS = ("slime_fused.trainer", "slime_fused.integrations", "slime_fused.model")
+
+
+def test_nothing_below_the_trainers_needs_their_dependencies():
+    heavy = {"transformers", "datasets", "peft", "accelerate", "gguf", "matplotlib", "rich", "typer", "yaml", "trl"}
     for module, path in SOURCES.items():
-        if not module.startswith("slime_fused.trainer"):
+        if not module.startswith(ON_TRANSFORMERS):
             assert not {name.split(".")[0] for name in imported_modules(module, path)} & heavy, module
 
 

@@ -3,7 +3,7 @@
 Needs ``pip install slime-fused[trainer]``; ``import slime_fused`` alone does not load any of it.
 """
 
-from slime_fused.trainer.check import HeadMismatchError
+from slime_fused.model.check import HeadMismatchError
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.data import PreferenceCollator
 from slime_fused.trainer.formats import PreferenceFormatError

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import IntervalStrategy
 
+from slime_fused.model.check import HeadMismatchError
 from slime_fused.trainer.arguments import ScriptArguments, UsageError, parse_arguments
 from slime_fused.trainer.callbacks import MetricsFile
-from slime_fused.trainer.check import HeadMismatchError
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.loading import load_model, load_tokenizer
 from slime_fused.trainer.merging import adapts_embeddings, merge_adapter

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from slime_fused.trainer.head import unwrap_peft
+from slime_fused.model.head import unwrap_peft
 
 
 def adapts_embeddings(model: Any) -> bool:

@@ -34,8 +34,8 @@ class PairMetrics:
         self._has_aux = False
 
     def add(self, outputs: dict[str, Tensor], batch: dict[str, Tensor], margin_hard: float) -> None:
-        """Add one micro-batch: ``outputs`` of a loss in `losses.py`, and its ``batch``."""
-        chosen, rejected = outputs["chosen_logps"].double(), outputs["rejected_logps"].double()
+        """Add one micro-batch: ``outputs`` of a loss in `slime_fused.model.calls`, and its ``batch``."""
+        chosen, rejected = outputs["mean_logps"].double().chunk(2)
         margins = chosen - rejected
         num_pairs = margins.numel()
         zero = margins.new_zeros(())
@@ -44,9 +44,9 @@ class PairMetrics:
         sums = torch.stack(
             [
                 (outputs["loss"].detach().double() + aux) * num_pairs,
-                outputs["anchor"].double() * num_pairs,
-                outputs["margin_loss"].double() * num_pairs,
-                outputs["stabilizer"].double() * num_pairs,
+                outputs["terms/anchor"].double() * num_pairs,
+                outputs["terms/margin_loss"].double() * num_pairs,
+                outputs["terms/stabilizer"].double() * num_pairs,
                 aux * num_pairs,
                 chosen.sum(),
                 rejected.sum(),

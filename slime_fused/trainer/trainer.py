@@ -22,15 +22,15 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from slime_fused.model.calls import FusedLoss, naive_loss
+from slime_fused.model.check import check_head
+from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import model_card
-from slime_fused.trainer.check import check_head
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
-from slime_fused.trainer.head import attach_head, unwrap_peft
 from slime_fused.trainer.loading import load_model
-from slime_fused.trainer.losses import FusedLoss, naive_loss
 from slime_fused.trainer.metrics import PairMetrics
-from slime_fused.trainer.transform import find_logit_transform
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -41,7 +41,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
 class SlimeTrainer(Trainer):
     """Trains a causal language model on preference pairs with the SLIME loss.
 
-    There is no reference model. The loss runs inside the model's output head (`slime_fused.trainer.head`), so the
+    There is no reference model. The loss runs inside the model's output head (`slime_fused.model.head`), so the
     (tokens x vocabulary) logits never exist as a whole and sharded training keeps its hooks.
 
     An optimizer step has the same gradient however it is cut into micro-batches and spread over processes: each

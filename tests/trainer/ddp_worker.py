@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import make_pairs, make_tokenizer, tiny_llama
 from transformers import TrainerCallback
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
+from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
 
 
 class Recorder(TrainerCallback):

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import make_pairs, make_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
+from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 FSDP1 = {**FSDP2, "version": 1}

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from conftest import make_pairs, tiny_llama
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slime_fused.trainer.arguments import parse_arguments
 from slime_fused.trainer.cli import main
 from slime_fused.trainer.reading import read_pairs
+from tests.tiny_models import make_pairs, tiny_llama
 
 
 def write_jsonl(path, rows):

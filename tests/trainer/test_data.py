@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_pairs
 from datasets import Dataset, IterableDataset
 
 from slime_fused.trainer import PreferenceCollator, PreferenceFormatError
 from slime_fused.trainer.data import prepare_dataset
 from slime_fused.trainer.formats import parse_pair
 from slime_fused.trainer.tokenization import TokenizedResponse, tokenize_pair, truncate_pair
+from tests.tiny_models import make_pairs
 
 
 def user(text: str) -> dict[str, str]:

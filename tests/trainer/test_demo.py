@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs, make_tokenizer, tiny_llama
 
 import slime_fused
+from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+sys.path += [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parent)]
 
 import demo
 import demo_data

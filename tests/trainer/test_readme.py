@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, tiny_llama
 
 import slime_fused as sf
 from slime_fused.trainer.cli import main
+from tests.tiny_models import make_pairs, tiny_llama
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from conftest import make_pairs, slime_by_hand, tiny_llama
 from datasets import IterableDataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
+from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
 
 
 class GradientRecorder(TrainerCallback):

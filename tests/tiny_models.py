@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from slime_fused.trainer import SlimeConfig
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -47,11 +44,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
-
 def tiny_llama(vocab_size: int, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -69,33 +61,6 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides: object) -> LlamaForC
         }
     )
     return LlamaForCausalLM(config)
-
-
-@pytest.fixture
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return tiny_llama(len(tokenizer))
-
-
-@pytest.fixture
-def make_args(tmp_path):
-    def make(**overrides: object) -> SlimeConfig:
-        return SlimeConfig(
-            **{
-                "output_dir": str(tmp_path / "out"),
-                "per_device_train_batch_size": 4,
-                "max_steps": 2,
-                "learning_rate": 1e-3,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "seed": 3,
-                **overrides,
-            }
-        )
-
-    return make
 
 
 def slime_by_hand(model, batch, loss_config, transform=lambda z: z) -> torch.Tensor:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slime_fused.trainer.head import unwrap_peft
-from slime_fused.trainer.losses import FusedLogProbs
-from slime_fused.trainer.transform import LogitTransform
+from slime_fused.model.calls import FusedLogProbs
+from slime_fused.model.head import unwrap_peft
+from slime_fused.model.transform import LogitTransform
 
 _NUM_POSITIONS = 4
 

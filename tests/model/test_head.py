@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import make_pairs, slime_by_hand, tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from slime_fused.trainer import HeadMismatchError, SlimeTrainer
+from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
 
 SMALL = {
     "hidden_size": 32,

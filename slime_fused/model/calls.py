@@ -1,8 +1,9 @@
-"""The two ways to a batch's SLIME loss: fused inside the head, or from the model's own logits."""
+"""What runs inside a model's head, a loss or log-probs; and the loss from the model's own logits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,37 +11,43 @@ from torch import Tensor
 
 import slime_fused
 from slime_fused import reference
-from slime_fused.losses import SlimeLossConfig
-from slime_fused.output import SlimeOutput
-from slime_fused.trainer.transform import LogitTransform
+from slime_fused.losses import Formula
+from slime_fused.model.transform import LogitTransform
+from slime_fused.output import PreferenceOutput
 
 
 @dataclass(frozen=True)
 class FusedLoss:
-    """A `HeadCall` that computes the SLIME loss without materialising the logits."""
+    """A `HeadCall` that computes a loss of preferences without materialising the logits."""
 
     labels: Tensor
-    """(2P, T): -100 on prompt and padding; position t of the hidden states predicts ``labels[:, t + 1]``."""
+    """(S, T): -100 on prompt and padding; position t of the hidden states predicts ``labels[:, t + 1]``."""
     layout: slime_fused.TokenLayout | None
     """That of the labels, where the collator has made it."""
-    config: SlimeLossConfig
+    loss: Formula
     transform: LogitTransform
     backend: str
     workspace: int | str
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the loss needs besides: arguments of `slime_fused.preference_loss`, such as ``ref_sum_logps``."""
+    stats: tuple[str, ...] | None = None
+    """Statistics to return per token, see ``return_stats`` there."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """See `HeadCall`. Virtual prompt tokens of an adapter precede the labels' positions and are cut off."""
-        output = slime_fused.slime_loss(
+        """See `HeadCall` and `as_dict`. Virtual prompt tokens of an adapter precede the labels and are cut off."""
+        output = slime_fused.preference_loss(
             hidden[:, -self.labels.shape[1] :],
             weight,
             self.labels if self.layout is None else self.layout.to(hidden.device),
+            loss=self.loss,
+            **self.given,
             bias=bias,
-            config=self.config,
             shift=self.layout is None,
             logit_scale=self.transform.scale,
             logit_softcap=self.transform.softcap,
             backend=self.backend,
             workspace=self.workspace,
+            return_stats=self.stats,
         )
         return as_dict(output)
 
@@ -74,19 +81,24 @@ class FusedLogProbs:
         return {"logps": logps}
 
 
-def naive_loss(logits: Tensor, labels: Tensor, config: SlimeLossConfig) -> dict[str, Tensor]:
-    """The loss from materialised ``logits`` (2P, T, V), by autograd: what training without this package does."""
+def naive_loss(
+    logits: Tensor, labels: Tensor, loss: Formula, given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The loss from materialised ``logits`` (S, T, V), by autograd: what training without this package does."""
     targets = labels[:, 1:]
-    mask = targets != -100
     # Summed in float32, as careful trainers do; the copy of the logits is part of what this way costs.
     logps = torch.log_softmax(logits[:, -labels.shape[1] : -1].float(), dim=-1)
-    logps = logps.gather(-1, targets.masked_fill(~mask, 0).unsqueeze(-1)).squeeze(-1)
-    bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return as_dict(reference.slime_terms(logps[mask], bounds, config))
+    logps = logps.gather(-1, targets.masked_fill(targets == -100, 0).unsqueeze(-1)).squeeze(-1)
+    return as_dict(reference.preference_terms(logps, targets, loss, given or {}))
 
 
-def as_dict(output: SlimeOutput) -> dict[str, Tensor]:
-    """The tensors of ``output`` by name; sharding hooks look into dictionaries but not into dataclasses."""
-    names = ("loss", "anchor", "margin_loss", "stabilizer", "chosen_logps", "rejected_logps")
-    tensors: dict[str, Any] = {name: getattr(output, name) for name in names}
-    return tensors
+def as_dict(output: PreferenceOutput) -> dict[str, Tensor]:
+    """``loss``, ``mean_logps``, ``terms/*``, ``metrics/*`` and ``stats/*``: tensors by name.
+
+    Sharding hooks look into dictionaries but not into dataclasses.
+    """
+    tensors = {"loss": output.loss, "mean_logps": output.mean_logps}
+    tensors |= {f"terms/{name}": value for name, value in output.terms.items()}
+    tensors |= {f"metrics/{name}": value for name, value in output.metrics.items()}
+    told: dict[str, Any] = {} if output.stats is None else vars(output.stats)
+    return tensors | {f"stats/{name}": value for name, value in told.items() if value is not None}
