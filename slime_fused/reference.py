@@ -298,9 +298,7 @@ def preference_loss(
     logps, stats = _logprobs_and_stats(return_stats, hidden, weight, labels, shift=shift, **options)
     labels = _shift(labels, cu_seqlens, ignore_index) if shift else labels
     value: Formula = loss if isinstance(loss, Formula) else Own(loss)
-    return preference_terms(
-        logps, labels, value, given, cu_seqlens=cu_seqlens, ignore_index=ignore_index, stats=stats
-    )
+    return replace(preference_terms(logps, labels, value, given, cu_seqlens, ignore_index), stats=stats)
 
 
 def preference_terms(
