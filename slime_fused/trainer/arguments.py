@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from slime_fused.trainer.config import SlimeConfig
 
@@ -172,7 +172,7 @@ def _suggestion(name: str, known: set[str]) -> str:
 
 def _short_help(parser: HfArgumentParser) -> str:
     """The settings of this package and the everyday ones of the base class; all of them are over a hundred."""
-    inherited = {f.name for f in dataclasses.fields(SlimeConfig.__mro__[1])}
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     own = {f.name for kind in _KINDS for f in dataclasses.fields(kind)} - inherited
     lines = [
         "usage: slime-train --model MODEL --dataset PAIRS [--config FILE.yaml] [settings]",

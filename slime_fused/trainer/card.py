@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 import slime_fused
-from slime_fused.trainer.config import SlimeConfig
+from slime_fused.losses import Formula
+from slime_fused.trainer.config import HeadConfig
 
-PAPER = "https://arxiv.org/abs/2602.02383"
+_PAPERS = {
+    "Slime": "2602.02383",
+    "DPO": "2305.18290",
+    "SimPO": "2405.14734",
+    "CPO": "2401.08417",
+    "ORPO": "2403.07691",
+    "AlphaPO": "2501.03884",
+    "KTO": "2402.01306",
+}
+"""arXiv numbers, by the class of the loss."""
 
-_LOSS = ("lambda_w", "lambda_l", "lambda_d", "delta", "margin_hard", "margin_soft", "kappa", "power")
-_LOSS_CHOICES = ("stabilizer_reduction", "loss_impl")
 _TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
@@ -30,9 +39,37 @@ _TRAINING = (
 _RESULTS = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")
 
 
+@dataclass(frozen=True)
+class CardText:
+    """What a card says of the method, besides what all trainers say."""
+
+    sentence: str
+    """Follows "Trained from X, "."""
+    settings: Mapping[str, Any]
+    """Of the loss."""
+    results_note: str = ""
+    """What one must know to read the results."""
+
+
+def loss_text(loss: Formula) -> CardText:
+    """Of a loss of preferences."""
+    name = "SLIME" if loss.name == "Slime" else loss.name
+    number = _PAPERS.get(type(loss).__name__)
+    source = f" ([arXiv {number}](https://arxiv.org/abs/{number}))" if number else ""
+    sentence = f"on preference pairs with the {name} loss{source}"
+    if name == "SLIME":
+        sentence += (
+            ", which needs no reference model: a likelihood anchor on chosen responses, a dual-margin term on the "
+            "pair and a token stabilizer on rejected responses"
+        )
+    settings = {field.name: getattr(loss, field.name) for field in fields(loss)}
+    return CardText(sentence, settings, "`logps` are means over a response's tokens.")
+
+
 def model_card(
-    config: SlimeConfig,
+    config: HeadConfig,
     history: Sequence[Mapping[str, Any]],
+    text: CardText,
     *,
     name: str,
     base_model: str | None,
@@ -62,29 +99,26 @@ def model_card(
     lines = [
         f"# {name}",
         "",
-        f"{'An adapter for' if is_adapter else 'Trained from'} {origin}, on preference pairs with the SLIME loss "
-        f"([arXiv 2602.02383]({PAPER})), which needs no reference model: a likelihood anchor on chosen responses, "
-        "a dual-margin term on the pair and a token stabilizer on rejected responses.",
+        f"{'An adapter for' if is_adapter else 'Trained from'} {origin}, {text.sentence}.",
         "",
         "## Loss",
         "",
-        *_table(config, _LOSS + _LOSS_CHOICES),
+        *_table({**text.settings, "loss_impl": config.loss_impl}),
         "",
         "## Training",
         "",
-        *_table(config, _TRAINING),
+        *_table({name: getattr(config, name) for name in _TRAINING}),
         f"| processes | {num_processes} |",
         f"| optimizer steps | {num_steps} |",
     ]
     results = _results(history)
     if results:
-        lines += ["", "## Results", "", "`logps` are means over a response's tokens.", "", *results]
+        lines += ["", "## Results", "", text.results_note, "", *results]
     lines += ["", f"Trained with slime_fused {slime_fused.__version__}.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
-def _table(config: SlimeConfig, names: Sequence[str]) -> list[str]:
-    values = {name: getattr(config, name) for name in names}
+def _table(values: Mapping[str, Any]) -> list[str]:
     return ["| setting | value |", "|---|---|"] + [
         f"| {name} | {getattr(value, 'value', value)} |" for name, value in values.items()
     ]

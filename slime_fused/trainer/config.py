@@ -1,4 +1,4 @@
-"""Settings of a SLIME training run: `transformers.TrainingArguments` plus the loss, its execution and the data."""
+"""Settings of a training run: `transformers.TrainingArguments` plus how the head runs, the data and the loss."""
 
 import json
 import os
@@ -15,12 +15,8 @@ _CHOICES = {"loss_impl": ("fused", "naive"), "truncation": ("keep_start", "keep_
 
 
 @dataclass
-class SlimeConfig(TrainingArguments):
-    """Settings of `SlimeTrainer`.
-
-    The loss's hyperparameters carry the names and defaults of `slime_fused.SlimeLossConfig` (the paper's).
-    ``per_device_train_batch_size`` counts pairs. Raises ValueError or TypeError for values the loss refuses.
-    """
+class HeadConfig(TrainingArguments):
+    """What every trainer on `HeadTrainer` takes, whatever its loss. Raises ValueError for what cannot work."""
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     logging_steps: float = field(
@@ -44,34 +40,6 @@ class SlimeConfig(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Unused here: the trainer keeps exactly the columns it makes itself."}
-    )
-
-    lambda_w: float = field(
-        default=SlimeLossConfig.lambda_w, metadata={"help": "Weight of the likelihood anchor on chosen responses."}
-    )
-    lambda_l: float = field(
-        default=SlimeLossConfig.lambda_l, metadata={"help": "Weight of the token stabilizer on rejected responses."}
-    )
-    lambda_d: float = field(default=SlimeLossConfig.lambda_d, metadata={"help": "Weight of the dual-margin term."})
-    delta: float = field(
-        default=SlimeLossConfig.delta,
-        metadata={"help": "Shift of the stabilizer: rejected tokens below about exp(-delta) are held up."},
-    )
-    margin_hard: float = field(
-        default=SlimeLossConfig.margin_hard,
-        metadata={"help": "Hard margin: pairs whose mean log-prob margin is above it no longer push."},
-    )
-    margin_soft: float = field(
-        default=SlimeLossConfig.margin_soft, metadata={"help": "Soft margin: centre of the sigmoid gate."}
-    )
-    kappa: float = field(default=SlimeLossConfig.kappa, metadata={"help": "Steepness of the sigmoid gate."})
-    power: float = field(default=SlimeLossConfig.power, metadata={"help": "Exponent of the stabilizer (p)."})
-    stabilizer_reduction: Literal["sequence", "token"] = field(
-        default=SlimeLossConfig.stabilizer_reduction,
-        metadata={
-            "help": "'sequence' (paper): mean over each rejected response, then over pairs. 'token' (authors' "
-            "code): one mean over all rejected tokens of the optimizer step, over accumulation steps and devices."
-        },
     )
 
     loss_impl: Literal["fused", "naive"] = field(
@@ -132,7 +100,6 @@ class SlimeConfig(TrainingArguments):
             raise ValueError(
                 f"max_length: expected at least 2 (a prompt and a response token), got {self.max_length}"
             )
-        self.loss_config()
         super().__post_init__()
 
     def _resolve_checkpointing(self) -> None:
@@ -151,6 +118,59 @@ class SlimeConfig(TrainingArguments):
         """``model_init_kwargs`` as a dictionary."""
         return dict(self.model_init_kwargs) if isinstance(self.model_init_kwargs, dict) else {}
 
+    def workspace_limit(self) -> int | str:
+        """``workspace`` in the form the loss takes: a number of bytes, or text."""
+        return int(self.workspace) if str(self.workspace).isdigit() else self.workspace
+
+
+@dataclass
+class PreferenceConfig(HeadConfig):
+    """Settings of `PreferenceTrainer`: any loss of preference pairs.
+
+    ``per_device_train_batch_size`` counts pairs. The loss's hyperparameters are its own: see `slime_fused.losses`.
+    """
+
+
+@dataclass
+class SlimeConfig(PreferenceConfig):
+    """Settings of `SlimeTrainer`.
+
+    The loss's hyperparameters carry the names and defaults of `slime_fused.SlimeLossConfig` (the paper's). Raises
+    ValueError or TypeError for values the loss refuses.
+    """
+
+    lambda_w: float = field(
+        default=SlimeLossConfig.lambda_w, metadata={"help": "Weight of the likelihood anchor on chosen responses."}
+    )
+    lambda_l: float = field(
+        default=SlimeLossConfig.lambda_l, metadata={"help": "Weight of the token stabilizer on rejected responses."}
+    )
+    lambda_d: float = field(default=SlimeLossConfig.lambda_d, metadata={"help": "Weight of the dual-margin term."})
+    delta: float = field(
+        default=SlimeLossConfig.delta,
+        metadata={"help": "Shift of the stabilizer: rejected tokens below about exp(-delta) are held up."},
+    )
+    margin_hard: float = field(
+        default=SlimeLossConfig.margin_hard,
+        metadata={"help": "Hard margin: pairs whose mean log-prob margin is above it no longer push."},
+    )
+    margin_soft: float = field(
+        default=SlimeLossConfig.margin_soft, metadata={"help": "Soft margin: centre of the sigmoid gate."}
+    )
+    kappa: float = field(default=SlimeLossConfig.kappa, metadata={"help": "Steepness of the sigmoid gate."})
+    power: float = field(default=SlimeLossConfig.power, metadata={"help": "Exponent of the stabilizer (p)."})
+    stabilizer_reduction: Literal["sequence", "token"] = field(
+        default=SlimeLossConfig.stabilizer_reduction,
+        metadata={
+            "help": "'sequence' (paper): mean over each rejected response, then over pairs. 'token' (authors' "
+            "code): one mean over all rejected tokens of the optimizer step, over accumulation steps and devices."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.loss_config()
+        super().__post_init__()
+
     def loss_config(self) -> SlimeLossConfig:
         """The loss's hyperparameters as the validated, frozen value that the loss takes."""
         return SlimeLossConfig(
@@ -164,10 +184,6 @@ class SlimeConfig(TrainingArguments):
             power=self.power,
             stabilizer_reduction=self.stabilizer_reduction,
         )
-
-    def workspace_limit(self) -> int | str:
-        """``workspace`` in the form the loss takes: a number of bytes, or text."""
-        return int(self.workspace) if str(self.workspace).isdigit() else self.workspace
 
 
 def _fsdp_checkpoints(config: Any) -> bool:

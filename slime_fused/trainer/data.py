@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import slime_fused
-from slime_fused.trainer.config import SlimeConfig
+from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.formats import parse_pair
 from slime_fused.trainer.tokenization import tokenize_pair, truncate_pair
 
@@ -28,7 +28,7 @@ class PairTokenizer:
     """Maps one row to `TOKEN_COLUMNS` and a ``verdict``: "" to keep it, else why it is dropped."""
 
     tokenizer: PreTrainedTokenizerBase
-    args: SlimeConfig
+    args: HeadConfig
     name: str
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ _REASONS = {
 
 
 def prepare_dataset(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SlimeConfig, name: str
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: HeadConfig, name: str
 ) -> Dataset | IterableDataset:
     """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate.
 

@@ -1,0 +1,338 @@
+"""`HeadTrainer`: a `transformers.Trainer` whose loss runs inside the model's output head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from slime_fused.model.check import check_head
+from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
+from slime_fused.model.transform import find_logit_transform
+from slime_fused.trainer.card import CardText, model_card
+from slime_fused.trainer.config import HeadConfig
+from slime_fused.trainer.evaluation import filled_up, first_items, own_items
+from slime_fused.trainer.loading import load_model
+from slime_fused.trainer.metrics import Averages
+from slime_fused.trainer.setup import check_parallelism, disable_dropout, wrap_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+AnyDataset: TypeAlias = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
+
+
+class HeadTrainer(Trainer, ABC):
+    """What the trainers of this package share, whatever their loss.
+
+    The loss runs inside the model's output head (`slime_fused.model.head`), so the (tokens x vocabulary) logits
+    never exist as a whole and sharded training keeps its hooks.
+
+    An optimizer step has the same gradient however it is cut into micro-batches and spread over processes: each
+    micro-batch is weighted by its share of the step's items (pairs, tokens, ...), which `count_items` counts.
+
+    A subclass says what the data are (`prepare_dataset`, `make_collator`, `token_columns`), how a batch counts
+    (`count_items`), what runs in the head (`head_loss`), what is logged (`record`) and what the card says
+    (`card_text`).
+
+    Args and errors: see `slime_fused.trainer.SlimeTrainer`.
+    """
+
+    args: HeadConfig
+
+    config_class: ClassVar[type[HeadConfig]] = HeadConfig
+    """What ``args`` must be."""
+    token_columns: ClassVar[tuple[str, ...]] = ()
+    """Columns of a prepared dataset."""
+    loss_inputs: ClassVar[tuple[str, ...]] = ("labels", "layout")
+    """Entries of a batch that are for the loss, not for the model."""
+    rows_per_item: ClassVar[int] = 1
+    """Rows of a batch that belong together, a whole number of items apart: 2 for [chosen..., rejected...]."""
+    tag_names: ClassVar[tuple[str, ...]] = ()
+    """Tags of the models it makes."""
+    # Our loss is normalised over the whole accumulation window; the base class must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: HeadConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = self.config_class() if args is None else args
+        check_parallelism(args, train_dataset)
+        loaded: Any = load_model(model, **args.model_options()) if isinstance(model, str) else model
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(unwrap_peft(loaded).config._name_or_path)
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        if processing_class.pad_token_id is None:
+            raise ValueError("processing_class: expected a tokenizer with a pad or an EOS token; it has neither")
+        loaded = wrap_adapter(loaded, peft_config, args)
+        if args.disable_dropout:
+            disable_dropout(loaded)
+        if args.loss_impl == "fused":
+            attach_head(loaded)
+        self.transform = find_logit_transform(unwrap_peft(loaded).config)
+        self._train_averages, self._eval_averages = Averages(), Averages()
+        self._head_is_checked = not args.check_head or args.loss_impl == "naive"
+        # `prepare_dataset` needs both, and the base class sets them only when it has the datasets.
+        self.args, self.processing_class = args, processing_class
+        if train_dataset is not None:
+            train_dataset = self._prepare(train_dataset, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._prepare(value, f"eval ({name})") for name, value in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare(eval_dataset, "eval")
+        if data_collator is None:
+            # Of a stream the main process reads every batch and gives each process its rows of the tensors.
+            evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            is_cut_up = bool(getattr(args.accelerator_config, "dispatch_batches", False)) or any(
+                isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)
+            )
+            data_collator = self.make_collator(has_layout=not is_cut_up)
+        super().__init__(
+            model=loaded,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        # Releases before 5.19 know no `loss_is_scaled_for_ga`; they divide unless the model takes the item count.
+        self.model_accepts_loss_kwargs = True
+        if hasattr(loaded, "add_model_tags"):
+            loaded.add_model_tags(list(self.tag_names))
+
+    @abstractmethod
+    def prepare_dataset(self, dataset: Any, name: str) -> Dataset | IterableDataset:
+        """``dataset`` with `token_columns`, as it is if it has them. ``name`` ("train", "eval") is for errors."""
+
+    @abstractmethod
+    def make_collator(self, *, has_layout: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        """What makes batches of prepared rows: ``input_ids``, ``attention_mask``, ``labels``, and ``layout``
+        (their `TokenLayout`) if ``has_layout``. The base class's ``processing_class`` is a tokenizer.
+        """
+
+    @abstractmethod
+    def count_items(self, batch: Mapping[str, Any]) -> Tensor:
+        """(K,) float64 on the batch's device. The first entry counts what the loss is a mean of; the others,
+        further counts whose shares `head_loss` is to know.
+        """
+
+    @abstractmethod
+    def head_loss(self, model: nn.Module, batch: dict[str, Any], shares: Tensor | None) -> dict[str, Tensor]:
+        """The outputs for one batch, by `run_in_head` or `run_naive`; ``loss`` is a mean over the batch's items.
+
+        ``shares`` (K,): the batch's counts over the step's, times the number of processes. The caller weights
+        the loss by the first. None outside training.
+        """
+
+    @abstractmethod
+    def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Add one batch to what is logged."""
+
+    def predictions(
+        self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor] | None:
+        """What `predict` and ``compute_metrics`` get of a batch of P items: tensors (P, ...) by name, and as label
+        ids a tensor (P, ...). None: nothing.
+        """
+        return None
+
+    @abstractmethod
+    def card_text(self) -> CardText:
+        """What the model card says of the method."""
+
+    def _prepare(self, dataset: Any, name: str) -> Any:
+        with PartialState().main_process_first():
+            return self.prepare_dataset(dataset, name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = list(self.token_columns)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one optimizer step, and (K,): its `count_items` over all processes."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        if not batches:
+            return batches, None
+        counts = torch.stack([self.count_items(batch).to(device) for batch in batches]).sum(0)
+        return batches, self.accelerator.reduce(counts, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, weighted by its share of the optimizer step if ``num_items_in_batch``
+        is what `get_batch_samples` returns.
+        """
+        if not self._head_is_checked:
+            check_head(model, inputs, self.transform, self.args.backend, self.args.workspace_limit())
+            self._head_is_checked = True
+        shares = None
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() == 1:
+            # Gradients are averaged over processes, hence the number of them.
+            shares = self.count_items(inputs) / num_items_in_batch * self.accelerator.num_processes
+        outputs = self.head_loss(model, inputs, shares)
+        self.record(self._train_averages if model.training else self._eval_averages, outputs, inputs)
+        loss = outputs["loss"]
+        if "aux_loss" in outputs:
+            loss = loss + outputs["aux_loss"]
+        if shares is not None:
+            loss = loss * shares[0].to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def run_in_head(self, model: nn.Module, batch: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:
+        """What ``call`` returns for the model's hidden states of ``batch``, and ``aux_loss`` of a router."""
+        exact: dict[str, Tensor] = {}
+
+        def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+            result = call(hidden, weight, bias)
+            exact.update({name: value.detach() for name, value in result.items()})
+            return result
+
+        outputs = model(**self._model_inputs(batch), head_call=head_call)
+        if "loss" not in exact:
+            return {**outputs, **exact}
+        # FSDP2 with mixed precision rounds whatever leaves a module to 16 bits: 13.67 becomes 13.6875, and of a
+        # margin of 0.01 nothing is left. Only the gradient has to come that way.
+        loss = outputs["loss"].to(exact["loss"].dtype)
+        return {**outputs, **exact, "loss": loss + (exact["loss"] - loss).detach()}
+
+    def run_naive(
+        self, model: nn.Module, batch: Mapping[str, Any], loss_of: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What ``loss_of`` returns for the model's own logits (S, T, V) of ``batch``, and ``aux_loss``."""
+        outputs = model(**self._model_inputs(batch), use_cache=False)
+        result = loss_of(outputs.logits)
+        if getattr(outputs, "aux_loss", None) is not None:
+            config = unwrap_peft(self.accelerator.unwrap_model(model)).config.get_text_config()
+            result["aux_loss"] = config.router_aux_loss_coef * outputs.aux_loss
+        return result
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """The loss of an evaluation batch, and its `predictions`; of what the sampler repeats, nothing counts."""
+        inputs = self._prepare_inputs(inputs)
+        num_items = inputs["labels"].shape[0] // self.rows_per_item
+        num_own = own_items(self.accelerator.gradient_state, num_items, self.accelerator.process_index)
+        if 0 < num_own < num_items:
+            inputs = first_items(inputs, num_own, self.rows_per_item)
+        averages = self._eval_averages
+        if num_own == 0:
+            # The model runs all the same: other processes may wait for its shards.
+            self._eval_averages = Averages()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        finally:
+            discarded, self._eval_averages = self._eval_averages, averages
+        if num_own == 0:
+            averages.add_nothing_of(discarded)
+        told = None if prediction_loss_only else self.predictions(outputs, inputs)
+        predictions, label_ids = (None, None) if told is None else (filled_up(x, num_items) for x in told)
+        return loss.detach(), predictions, label_ids
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in the base class, with what `record` logs under ``metric_key_prefix``."""
+        self._eval_averages = Averages()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        metrics = self.finish(self._eval_averages.flush(self._sum_over_processes))
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The averages of an evaluation, with what follows from them."""
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the averages since the last report to a report of training."""
+        if "loss" in logs:
+            logs = {**self._train_averages.flush(self._sum_over_processes), **logs}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write ``README.md`` into the output folder: the loss and its paper, the settings, and the last reports.
+
+        ``model_name`` is the output folder's name by default and ``finetuned_from`` the model that was loaded. The
+        base class's other arguments, which describe data sets of the hub, are taken and not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        base: Any = self.accelerator.unwrap_model(self.model)
+        extra = [tags] if isinstance(tags, str) else list(tags or [])
+        folder = Path(str(self.args.output_dir))
+        model_card(
+            self.args,
+            self.state.log_history,
+            self.card_text(),
+            name=model_name or folder.resolve().name,
+            base_model=finetuned_from or unwrap_peft(base).config._name_or_path or None,
+            num_processes=self.accelerator.num_processes,
+            num_steps=self.state.global_step,
+            is_adapter=hasattr(base, "peft_config"),
+            tags=[*self.tag_names, *extra],
+            language=language,
+            license=license,
+        ).save(folder / "README.md")
+
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in self.loss_inputs}

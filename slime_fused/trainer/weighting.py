@@ -1,0 +1,43 @@
+"""Losses with a mean over the batch's tokens inside: right however a batch is cut up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from slime_fused.losses import Slime
+from slime_fused.losses.base import Formula
+from slime_fused.losses.pairwise import PairFormula
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """A term of a loss that is a mean over all tokens of one side of the batch."""
+
+    term: str
+    """Its name among the loss's terms."""
+    weight: str
+    """The loss's hyperparameter that multiplies it."""
+    side: Literal["chosen", "rejected"]
+
+
+def find_token_mean(loss: Formula) -> TokenMean | None:
+    """That of ``loss``, if it has one."""
+    if isinstance(loss, Slime):
+        return TokenMean("stabilizer", "lambda_l", "rejected") if loss.stabilizer_reduction == "token" else None
+    if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
+        return TokenMean("nll", "nll_weight", "chosen")
+    return None
+
+
+def reweighted(loss: Formula, mean: TokenMean | None, pair_share: Tensor, token_share: Tensor) -> Any:
+    """``loss`` for a micro-batch with those shares of the step's pairs and of its tokens of that side.
+
+    Weighted by ``pair_share``, the micro-batches' losses add up to the step's.
+    """
+    if mean is None:
+        return loss
+    weight = getattr(loss, mean.weight) * float(token_share / pair_share)
+    return replace(loss, **{mean.weight: weight})
