@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from slime_fused.model.calls import FusedLoss, naive_loss
+from slime_fused.model.calls import FusedLoss, naive_loss, run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head, unwrap_peft
 from slime_fused.model.transform import find_logit_transform
@@ -197,18 +197,7 @@ class SlimeTrainer(Trainer):
         labels, layout = inputs.pop("labels"), inputs.pop("layout", None)
         if self.args.loss_impl == "fused":
             call = FusedLoss(labels, layout, config, self.transform, self.args.backend, self.args.workspace_limit())
-            exact: dict[str, Tensor] = {}
-
-            def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-                result = call(hidden, weight, bias)
-                exact.update({name: value.detach() for name, value in result.items()})
-                return result
-
-            outputs = model(**inputs, head_call=head_call)
-            # FSDP2 with mixed precision rounds whatever leaves a module to 16 bits: 13.67 becomes 13.6875, and of a
-            # margin of 0.01 nothing is left. Only the gradient has to come that way.
-            loss = outputs["loss"].to(exact["loss"].dtype)
-            return {**outputs, **exact, "loss": loss + (exact["loss"] - loss).detach()}
+            return run_in_head(model, inputs, call)
         outputs = model(**inputs, use_cache=False)
         result = naive_loss(outputs.logits, labels, config)
         if getattr(outputs, "aux_loss", None) is not None:
