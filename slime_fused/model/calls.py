@@ -83,7 +83,7 @@ class FusedLogProbs:
 
 
 def run_in_head(model: nn.Module, inputs: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:
-    """``model(**inputs, head_call=call)``, with the numbers of ``call`` to the last bit whatever wraps the model."""
+    """``model(**inputs, head_call=call)``, with the numbers of ``call`` to the bit, whatever wraps the model."""
     exact: dict[str, Tensor] = {}
 
     def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

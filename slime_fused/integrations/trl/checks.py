@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from slime_fused.backends import BACKEND_NAMES
@@ -98,8 +99,7 @@ def check_batch(inputs: Mapping[str, Any]) -> None:
 
 
 def _check_class(trainer: Any) -> None:
-    import trl
-
+    trl: Any = import_module("trl")
     if not isinstance(trainer, trl.DPOTrainer):
         raise TypeError(
             f"trainer: expected a trl.DPOTrainer that is constructed, got {_described(trainer)}; "

@@ -15,7 +15,7 @@ from slime_fused.losses import Formula, Slime
 from slime_fused.model.head import attach_head
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
 
 def enable_slime(
@@ -74,7 +74,7 @@ def enable_loss(
     check_trainer(trainer)
     hooked: Any = trainer
     earlier = LossHook.of(hooked)
-    reference = ReferenceLogProbs.find(hooked, value, backend, workspace, earlier and earlier.reference)
+    reference = ReferenceLogProbs.find(hooked, value, backend, workspace, earlier.reference if earlier else None)
     attach_head(hooked.accelerator.unwrap_model(hooked.model))
     if cache_reference:
         reference.fill_datasets()

@@ -287,6 +287,6 @@ def _with_token_shares(loss: Formula, shares: Tensor) -> Formula:
     if isinstance(loss, Slime) and loss.stabilizer_reduction == "token":
         return dataclasses.replace(loss, lambda_l=loss.lambda_l * float(shares[2] / shares[0]))
     if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
-        weight = loss.nll_weight * float(shares[1] / shares[0])
-        return dataclasses.replace(loss, nll_weight=weight)  # type: ignore[type-var]
+        weighed: Any = loss
+        return dataclasses.replace(weighed, nll_weight=loss.nll_weight * float(shares[1] / shares[0]))
     return loss
