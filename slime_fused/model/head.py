@@ -110,18 +110,25 @@ def _patch(module: Any, replacement: Callable[..., Any]) -> None:
 
 
 def _model_forward(
-    plain: Callable[..., Any], base: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any
+    plain: Callable[..., Any],
+    base: Any,
+    *args: Any,
+    head_call: HeadCall | None = None,
+    router_weight: float | None = None,
+    **kwargs: Any,
 ) -> Any:
+    """``router_weight``: of the router's loss, 0 for none; None is what the model's config says."""
     if head_call is None:
         return plain(*args, **kwargs)
     kwargs.pop("labels", None)
     routed = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
+    routed = routed if router_weight is None else router_weight != 0
     if routed:
         kwargs["output_router_logits"] = True
     outputs = _decoder(base)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     result = base.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
     if routed:
-        result = {**result, "aux_loss": _router_loss(base, outputs, kwargs.get("attention_mask"))}
+        result = {**result, "aux_loss": _router_loss(base, outputs, kwargs.get("attention_mask"), router_weight)}
     return result
 
 
@@ -195,11 +202,12 @@ def _is_lora(layer: nn.Module) -> bool:
     return hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")
 
 
-def _router_loss(base: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture-of-experts model, weighted as its own forward weighs it."""
+def _router_loss(base: Any, outputs: Any, attention_mask: Tensor | None, weight: float | None) -> Tensor:
+    """The load-balancing loss of a mixture-of-experts model; its own forward's weight where ``weight`` is None."""
     balance = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
     config = base.config.get_text_config()
-    coefficient = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+    own = getattr(base, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+    coefficient = own if weight is None else weight
     if balance is None or coefficient is None:
         raise ValueError(
             f"model: output_router_logits is set, but {type(base).__name__} has no load-balancing loss known here; "

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from slime_fused.model.calls import run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
 from slime_fused.model.transform import find_logit_transform
@@ -213,20 +214,7 @@ class HeadTrainer(Trainer, ABC):
 
     def run_in_head(self, model: nn.Module, batch: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:
         """What ``call`` returns for the model's hidden states of ``batch``, and ``aux_loss`` of a router."""
-        exact: dict[str, Tensor] = {}
-
-        def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-            result = call(hidden, weight, bias)
-            exact.update({name: value.detach() for name, value in result.items()})
-            return result
-
-        outputs = model(**self._model_inputs(batch), head_call=head_call)
-        if "loss" not in exact:
-            return {**outputs, **exact}
-        # FSDP2 with mixed precision rounds whatever leaves a module to 16 bits: 13.67 becomes 13.6875, and of a
-        # margin of 0.01 nothing is left. Only the gradient has to come that way.
-        loss = outputs["loss"].to(exact["loss"].dtype)
-        return {**outputs, **exact, "loss": loss + (exact["loss"] - loss).detach()}
+        return run_in_head(model, self._model_inputs(batch), call)
 
     def run_naive(
         self, model: nn.Module, batch: Mapping[str, Any], loss_of: Callable[[Tensor], dict[str, Tensor]]

@@ -1,0 +1,292 @@
+"""What stands in the place of `DPOTrainer._compute_loss`: the loss in the model's head, and proof that it ran.
+
+A trainer that ignored the hook would train plain DPO without any sign of it (at the first step its loss is log 2).
+So a callback counts the calls of every step, and stops the first one that had none before the optimizer acts on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slime_fused.integrations.trl.checks import HOOK, check_batch
+from slime_fused.integrations.trl.metrics import STATISTICS, WeightedMeans, measured
+from slime_fused.integrations.trl.reference import ReferenceLogProbs, split_batch
+from slime_fused.losses import Formula, Slime
+from slime_fused.losses.pairwise import PairFormula
+from slime_fused.model.calls import FusedLoss, run_in_head
+from slime_fused.model.check import HeadMismatchError, check_head
+from slime_fused.model.head import unwrap_peft
+from slime_fused.model.transform import find_logit_transform
+
+_METHODS = (HOOK, "get_batch_samples", "log")
+"""What is replaced on the trainer, as attributes of the instance."""
+
+_PAPER = {
+    "title": "SLIME: Stabilized Likelihood Implicit Margin Enforcement for Preference Optimization",
+    "id": "2602.02383",
+}
+
+
+class LossHook:
+    """One loss in one trainer."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        loss: Formula,
+        reference: ReferenceLogProbs,
+        backend: str,
+        workspace: int | str,
+        *,
+        check_head: bool,
+    ) -> None:
+        self.reference = reference
+        self.calls = {"train": 0, "eval": 0}
+        self._trainer = trainer
+        self._loss = loss
+        self._backend = backend
+        self._workspace = workspace
+        self._transform = find_logit_transform(self._base().config)
+        self._head_is_checked = not check_head
+        self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
+        self._window: Tensor | None = None
+        self._guard = HookGuard(self)
+
+    @classmethod
+    def of(cls, trainer: Any) -> LossHook | None:
+        """That of a trainer that has one."""
+        hook = getattr(vars(trainer).get(HOOK), "__self__", None)
+        return hook if isinstance(hook, cls) else None
+
+    def install(self) -> None:
+        """Put it into the trainer.
+
+        Raises ValueError where somebody else has put something there.
+        """
+        trainer = self._trainer
+        if HOOK in vars(trainer):
+            raise ValueError(
+                f"trainer: expected the {HOOK} of trl.DPOTrainer, got {vars(trainer)[HOOK]!r} on this trainer; "
+                "take off what put it there"
+            )
+        self._plain = {name: getattr(trainer, name) for name in _METHODS}
+        trainer._compute_loss = self.compute_loss
+        trainer.get_batch_samples = self.get_batch_samples
+        trainer.log = self.log
+        trainer.use_liger_kernel = False  # up to TRL 1.13 it takes another way to another loss
+        if getattr(trainer.args, "use_liger_kernel", False):
+            # This one replaces the model's forward when training starts, and the head's hook with it.
+            given = getattr(trainer.args, "liger_kernel_config", None) or {}
+            trainer.args.liger_kernel_config = {**given, "fused_linear_cross_entropy": False}
+        trainer._name = self._loss.name
+        trainer._paper = _PAPER if isinstance(self._loss, Slime) else {}
+        trainer.add_callback(self._guard)
+
+    def remove(self) -> None:
+        """Take it out again."""
+        for name in _METHODS:
+            vars(self._trainer).pop(name, None)
+        self._trainer.remove_callback(self._guard)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of one optimizer step, as the trainer gets them; what they hold together is noted."""
+        samples, num_items = self._plain["get_batch_samples"](*args, **kwargs)
+        self._window = None
+        if samples:
+            device = self._trainer.accelerator.device
+            counts = [self._counts(split_batch(self._trainer, _checked(batch))[1]).to(device) for batch in samples]
+            self._window = self._sum(torch.stack(counts).sum(0))
+        return samples, num_items
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        """The loss of one micro-batch, weighted for an exact mean over the step's micro-batches and processes."""
+        trainer = self._trainer
+        mode = "train" if trainer.model.training else "eval"
+        self.calls[mode] += 1
+        inputs, num_pairs = self._without_repeats(_checked(inputs), mode)
+        model_inputs, labels = split_batch(trainer, inputs)
+        self._check_head(model, model_inputs, labels)
+        counts = self._counts(labels)
+        shares = self._shares(counts) if mode == "train" else None
+        loss = self._loss if shares is None else _with_token_shares(self._loss, shares)
+        given = self.reference.given(inputs, model_inputs, labels)
+        if "desirable" in loss.needs:
+            given["desirable"] = torch.arange(len(labels), device=labels.device) < len(labels) // 2
+        call = FusedLoss(labels, None, loss, self._transform, self._backend, self._workspace, given, STATISTICS)
+        outputs = run_in_head(model, {**model_inputs, **self._router_options()}, call)
+        total = outputs["loss"]
+        if "aux_loss" in outputs:
+            total = total + outputs["aux_loss"]
+        weight = float(num_pairs)
+        values = measured(outputs, labels, loss, given, total.detach(), weight)
+        coefficient = getattr(trainer, "router_aux_loss_coef", None)
+        if "aux_loss" in outputs:
+            values["aux_loss"] = (outputs["aux_loss"].detach() / (coefficient or 1.0) * weight, weight)
+        self._means[mode].add(values, inputs["attention_mask"].sum() if mode == "train" else None)
+        if shares is not None:
+            total = total * shares[3 if loss.unit == "token" else 0].to(total.dtype)
+        if not return_outputs:
+            return total
+        with torch.no_grad():  # as TRL does: the logits that compute_metrics wants take a forward of their own
+            return total, model(**model_inputs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        """Adds the means since the last report, under the names that TRL's `log` gives them."""
+        trainer = self._trainer
+        mode = "train" if trainer.model.training else "eval"
+        losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
+        if losses and self._means[mode]:
+            means, num_tokens = self._means[mode].flush(self._sum)
+            total = means.pop("loss")
+            if mode == "eval":
+                # The base class misweighs the last batch of several processes: it repeats means once per row.
+                logs[losses[-1]] = total
+            trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
+            for name, value in means.items():
+                trainer._metrics[mode][name] = [value]
+            trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
+        return self._plain["log"](logs, *args, **kwargs)
+
+    def forget(self) -> None:
+        """End a loop: its step, and what of an evaluation has not been reported."""
+        self._window = None
+        self.calls["eval"] = 0
+        self._means["eval"] = WeightedMeans()
+
+    def _base(self) -> Any:
+        return unwrap_peft(self._trainer.accelerator.unwrap_model(self._trainer.model))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        total: Tensor = self._trainer.accelerator.reduce(values, reduction="sum")
+        return total
+
+    @staticmethod
+    def _counts(labels: Tensor) -> Tensor:
+        """(4,) float64: pairs; of the tokens that are predicted the chosen ones, the rejected ones and all."""
+        tokens = (labels[:, 1:] != -100).reshape(2, -1).sum(1).double()
+        return torch.cat([tokens.new_full((1,), len(labels) // 2), tokens, tokens.sum(0, keepdim=True)])
+
+    def _shares(self, counts: Tensor) -> Tensor | None:
+        """(4,): this micro-batch's counts, divided by their means over the step's micro-batches and processes."""
+        if self._window is None:
+            return None
+        accumulated = getattr(self._trainer, "current_gradient_accumulation_steps", None)
+        accumulated = accumulated or self._trainer.args.gradient_accumulation_steps
+        parts = accumulated * self._trainer.accelerator.num_processes
+        return counts * parts / self._window.clamp(min=1)
+
+    def _without_repeats(self, inputs: Mapping[str, Any], mode: str) -> tuple[Mapping[str, Any], int]:
+        """The batch and how many of its pairs count.
+
+        The last batches of an evaluation by several processes are filled up with pairs that others have.
+        """
+        num_pairs = inputs["input_ids"].shape[0] // 2
+        accelerator = self._trainer.accelerator
+        state = accelerator.gradient_state
+        if mode == "train" or accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs, num_pairs
+        own = min(max(state.remainder - accelerator.process_index * num_pairs, 0), num_pairs)
+        if own in (0, num_pairs):  # a process without any goes along all the same, for the sake of sharded weights
+            return inputs, own
+        pairs = torch.arange(own, device=inputs["input_ids"].device)
+        rows = torch.cat([pairs, pairs + num_pairs])
+        return {key: value[pairs if value.dim() == 1 else rows] for key, value in inputs.items()}, own
+
+    def _check_head(self, model: nn.Module, model_inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+        if self._head_is_checked:
+            return
+        has_response = (labels[:, 1:] != -100).any(1)
+        if has_response.any():
+            row = int(has_response.int().argmax())
+            batch = {key: value[row : row + 1] for key, value in model_inputs.items()}
+            try:
+                check_head(
+                    model,
+                    batch | {"labels": labels[row : row + 1]},
+                    self._transform,
+                    self._backend,
+                    self._workspace,
+                )
+            except HeadMismatchError as error:
+                raise HeadMismatchError(f"{error}; under TRL: train this model with TRL's own losses") from None
+        self._head_is_checked = True
+
+    def _router_options(self) -> dict[str, float]:
+        """The weight of a mixture-of-experts model's auxiliary loss, where this TRL has one."""
+        trainer = self._trainer
+        if not hasattr(trainer, "aux_loss_enabled"):
+            return {}
+        return {"router_weight": float(trainer.router_aux_loss_coef) if trainer.aux_loss_enabled else 0.0}
+
+
+class HookGuard(TrainerCallback):
+    """Stops training, or evaluation, that went past the hook."""
+
+    def __init__(self, hook: LossHook) -> None:
+        self._hook = hook
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count anew."""
+        self._hook.calls["train"] = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the weights change."""
+        self._require("train")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """For what has an optimizer step of its own."""
+        self._require("train")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the loop over the dataset."""
+        self._require("eval")
+        self._hook.forget()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """As an evaluation, whose means nobody reports."""
+        self._require("eval")
+        self._hook.forget()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What is called afterwards belongs to no step."""
+        self._hook.forget()
+
+    def _require(self, mode: str) -> None:
+        if not self._hook.calls[mode]:
+            raise RuntimeError(
+                f"trainer: expected it to call {HOOK} for its loss; it did not, so its own loss ran instead of "
+                "the one that was enabled; look for what replaced compute_loss or the hook since then"
+            )
+
+
+def _checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_batch(inputs)
+    return inputs
+
+
+def _with_token_shares(loss: Formula, shares: Tensor) -> Formula:
+    """``loss``, for a micro-batch, with the weights of its terms that are means over tokens of the whole step."""
+    if isinstance(loss, Slime) and loss.stabilizer_reduction == "token":
+        return dataclasses.replace(loss, lambda_l=loss.lambda_l * float(shares[2] / shares[0]))
+    if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
+        weighed: Any = loss
+        return dataclasses.replace(weighed, nll_weight=loss.nll_weight * float(shares[1] / shares[0]))
+    return loss
