@@ -29,6 +29,9 @@ from slime_fused.trainer.setup import check_parallelism, disable_dropout, wrap_a
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+_TOKENS = "slime_fused: num_tokens"
+"""Where a checkpoint's state keeps how many tokens were trained on."""
+
 AnyDataset: TypeAlias = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
 
 
@@ -53,7 +56,7 @@ class HeadTrainer(Trainer, ABC):
     config_class: ClassVar[type[HeadConfig]] = HeadConfig
     """What ``args`` must be."""
     token_columns: ClassVar[tuple[str, ...]] = ()
-    """Columns of a prepared dataset."""
+    """Columns of a prepared dataset, of which batches are made."""
     loss_inputs: ClassVar[tuple[str, ...]] = ("labels", "layout")
     """Entries of a batch that are for the loss, not for the model."""
     rows_per_item: ClassVar[int] = 1
@@ -92,15 +95,15 @@ class HeadTrainer(Trainer, ABC):
             attach_head(loaded)
         self.transform = find_logit_transform(unwrap_peft(loaded).config)
         self._train_averages, self._eval_averages = Averages(), Averages()
+        self._num_tokens: Tensor | float | None = None
         self._head_is_checked = not args.check_head or args.loss_impl == "naive"
         # `prepare_dataset` needs both, and the base class sets them only when it has the datasets.
         self.args, self.processing_class = args, processing_class
-        if train_dataset is not None:
-            train_dataset = self._prepare(train_dataset, "train")
+        train_dataset = self.prepared(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._prepare(value, f"eval ({name})") for name, value in eval_dataset.items()}
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare(eval_dataset, "eval")
+            eval_dataset = {name: self.prepared(value, f"eval ({name})") for name, value in eval_dataset.items()}
+        else:
+            eval_dataset = self.prepared(eval_dataset, "eval")
         if data_collator is None:
             # Of a stream the main process reads every batch and gives each process its rows of the tensors.
             evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
@@ -149,7 +152,9 @@ class HeadTrainer(Trainer, ABC):
         """
 
     @abstractmethod
-    def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+    def record(
+        self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, is_training: bool
+    ) -> None:
         """Add one batch to what is logged."""
 
     def predictions(
@@ -164,12 +169,32 @@ class HeadTrainer(Trainer, ABC):
     def card_text(self) -> CardText:
         """What the model card says of the method."""
 
-    def _prepare(self, dataset: Any, name: str) -> Any:
+    def prepared(self, dataset: Any, name: str) -> Any:
+        """`prepare_dataset`, by the main process first. None, and the name of an evaluation dataset, stay."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
         with PartialState().main_process_first():
             return self.prepare_dataset(dataset, name)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As in the base class; ``eval_dataset`` may be raw rows."""
+        return super().get_eval_dataloader(self.prepared(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As in the base class; ``test_dataset`` may be raw rows."""
+        return super().get_test_dataloader(self.prepared(test_dataset, "test"))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        # In the dataset's order: grouped by length, predictions would come in another.
+        return None
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = list(self.token_columns)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class."""
+        self._num_tokens = None  # a checkpoint may know
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -183,8 +208,16 @@ class HeadTrainer(Trainer, ABC):
             batches.append(batch)
         if not batches:
             return batches, None
-        counts = torch.stack([self.count_items(batch).to(device) for batch in batches]).sum(0)
-        return batches, self.accelerator.reduce(counts, reduction="sum")
+        counts = [
+            torch.cat([self.count_items(batch), batch["attention_mask"].sum().double().reshape(1)])
+            for batch in batches
+        ]
+        total = self.accelerator.reduce(torch.stack(counts).sum(0).to(device), reduction="sum")
+        if self._num_tokens is None:
+            kept: Any = self.state.stateful_callbacks
+            self._num_tokens = float(kept.get(_TOKENS, 0))
+        self._num_tokens = self._num_tokens + total[-1]
+        return batches, total[:-1]
 
     def compute_loss(
         self,
@@ -204,7 +237,9 @@ class HeadTrainer(Trainer, ABC):
             # Gradients are averaged over processes, hence the number of them.
             shares = self.count_items(inputs) / num_items_in_batch * self.accelerator.num_processes
         outputs = self.head_loss(model, inputs, shares)
-        self.record(self._train_averages if model.training else self._eval_averages, outputs, inputs)
+        averages = self._train_averages if model.training else self._eval_averages
+        self.record(averages, outputs, inputs, is_training=model.training)
+        averages.count({"num_new_tokens": inputs["attention_mask"].sum()})
         loss = outputs["loss"]
         if "aux_loss" in outputs:
             loss = loss + outputs["aux_loss"]
@@ -275,13 +310,21 @@ class HeadTrainer(Trainer, ABC):
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """The averages of an evaluation, with what follows from them."""
+        if "num_new_tokens" in metrics:
+            metrics["num_tokens"] = metrics.pop("num_new_tokens")
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the averages since the last report to a report of training."""
         if "loss" in logs:
-            logs = {**self._train_averages.flush(self._sum_over_processes), **logs}
+            averages = self._train_averages.flush(self._sum_over_processes)
+            logs = {**averages, "num_tokens": int(self._num_tokens or 0), **logs}
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        kept: Any = self.state.stateful_callbacks
+        kept[_TOKENS] = int(self._num_tokens or 0)
+        super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(
         self,

@@ -130,6 +130,11 @@ class PreferenceConfig(HeadConfig):
     ``per_device_train_batch_size`` counts pairs. The loss's hyperparameters are its own: see `slime_fused.losses`.
     """
 
+    log_token_statistics: bool = field(
+        default=True,
+        metadata={"help": "Log entropy and mean_token_accuracy of the responses (not with loss_impl='naive')."},
+    )
+
 
 @dataclass
 class SlimeConfig(PreferenceConfig):

@@ -28,7 +28,7 @@ class Averages:
     def count(self, numbers: Mapping[str, Tensor]) -> None:
         """Add one batch's numbers, which are summed up. The same names in every batch."""
         values = torch.stack([value.detach().double() for value in numbers.values()])
-        self._append(_COUNTS, tuple(numbers), values)
+        self._append(_COUNTS + ",".join(numbers), tuple(numbers), values)
 
     def add_nothing_of(self, other: Averages) -> None:
         """Know the names of ``other``, whose batch does not count: all processes must `flush` the same."""
@@ -47,7 +47,7 @@ class Averages:
         result: dict[str, float] = {}
         for name, group in groups.items():
             own, sums = sums[: group.sums.numel()], sums[group.sums.numel() :]
-            if name == _COUNTS:
+            if name.startswith(_COUNTS):
                 result |= {key: int(value) for key, value in zip(group.names, own, strict=True)}
             elif own[-1] > 0:
                 result |= {key: value / own[-1] for key, value in zip(group.names, own, strict=False)}
@@ -66,5 +66,5 @@ class _Group:
         self.names, self.sums = names, sums
 
 
-_COUNTS = ""
-"""The group of `Averages.count`."""
+_COUNTS = "counts of "
+"""What groups of `Averages.count` begin with."""

@@ -6,42 +6,56 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from slime_fused.losses import Formula, Slime
+from slime_fused.losses import Formula, as_loss
 from slime_fused.model.calls import FusedLoss, naive_loss
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
 from slime_fused.trainer.metrics import Averages
-from slime_fused.trainer.weighting import find_token_mean, reweighted
+from slime_fused.trainer.pair_metrics import REFERENCE, PairCounts, logged_term, pair_means, token_means, unit_means
+from slime_fused.trainer.reference import REFERENCE_COLUMNS, LateReference
+from slime_fused.trainer.reference_pass import ReferencePass
+from slime_fused.trainer.weighting import check_needs, find_token_mean, reweighted
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_PAIRS, _CHOSEN, _REJECTED = range(3)
-"""Of `PreferenceTrainer.count_items`."""
 
 
 class PreferenceTrainer(HeadTrainer):
     """Trains a causal language model on preference pairs with a loss of `slime_fused.losses`.
 
+    A loss that needs a reference model gets the log-probs of the policy as it is before training, or of the model
+    without its adapter where it carries one. They are computed once, before training, and become columns of the
+    tokenised datasets (`REFERENCE_COLUMNS`, sums per response); a dataset that has them is used as it is. For a
+    stream, and for datasets that come later, a model with an adapter is run without it at each batch. Other losses
+    run no reference at all.
+
+    The gradient of an optimizer step is the same however the step is cut up, as `HeadTrainer` says, for every loss
+    that is a mean over pairs, over responses or over tokens; terms that are means over the tokens of one side
+    (``nll_reduction="token"``) are weighted by their own share. Where a loss looks at the whole batch
+    (``KTO(baseline="batch")``, an `Own` with ``needs_batch``), its batch is one micro-batch of one process.
+
     Args:
         model: a causal language model, one wrapped by PEFT, or the folder or name of one.
         args: see `PreferenceConfig`.
         loss: a value of `slime_fused.losses`: `DPO`, `SimPO`, `CPO`, `ORPO`, `AlphaPO`, `Slime`, `KTO` (the chosen
-            responses are desirable, the rejected ones undesirable) or an `Own`.
+            responses are desirable, the rejected ones undesirable; ``baseline`` "batch" or "zero"), an `Own`, or a
+            function of pairs.
 
-    The other arguments and the errors are those of `SlimeTrainer`.
+    The other arguments and the errors are those of `SlimeTrainer`. ValueError too for a loss that needs what pairs
+    do not give, or a reference where there is none.
     """
 
     args: PreferenceConfig
 
     config_class = PreferenceConfig
-    token_columns = TOKEN_COLUMNS
+    token_columns = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS)
+    loss_inputs = ("labels", "layout", REFERENCE)
     rows_per_item = 2
     tag_names: ClassVar[tuple[str, ...]] = ("preference-training",)
 
@@ -49,17 +63,42 @@ class PreferenceTrainer(HeadTrainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         args: PreferenceConfig | None = None,
-        loss: Formula | None = None,
+        loss: Formula | Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(loss, Formula):
-            raise TypeError(f"loss: expected a value of slime_fused.losses, such as DPO(), got {loss!r}")
-        self.loss = loss
-        self._token_mean = find_token_mean(loss)
+        if loss is None:
+            raise TypeError("loss: expected a value of slime_fused.losses, such as DPO(), got None")
+        value: Any = as_loss(loss)
+        if type(self).given is PreferenceTrainer.given:
+            check_needs(value)
+        self.loss: Formula = value
+        self._token_mean = find_token_mean(value)
+        self._reference = ReferencePass(self, is_needed="ref_logps" in value.needs)
         super().__init__(model, args, **kwargs)
+        self._reference.begin()
 
-    def prepare_dataset(self, dataset: Any, name: str) -> Dataset | IterableDataset:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, after the reference's log-probs."""
+        self._reference.before_training(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model is not None:  # sharded, and still as it was made
+            self._reference.fill(model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """See `HeadTrainer.get_eval_dataloader`; with the reference's log-probs where the loss needs them."""
+        return super().get_eval_dataloader(self._reference.for_evaluation(self.prepared(eval_dataset, "eval")))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """See `get_eval_dataloader`."""
+        return super().get_test_dataloader(self._reference.for_evaluation(self.prepared(test_dataset, "test")))
+
+    def prepare_dataset(self, dataset: Any, name: str) -> Any:
         """See `HeadTrainer.prepare_dataset`."""
+        if isinstance(dataset, LateReference):
+            return dataset
         tokenizer: Any = self.processing_class
         return prepare_dataset(dataset, tokenizer, self.args, name)
 
@@ -69,22 +108,22 @@ class PreferenceTrainer(HeadTrainer):
         return PreferenceCollator(tokenizer.pad_token_id, self.args.pad_to_multiple_of, has_layout=has_layout)
 
     def count_items(self, batch: Mapping[str, Any]) -> Tensor:
-        """(3,): pairs, chosen and rejected tokens that are predicted."""
-        labels = batch["labels"]
-        num_pairs = labels.shape[0] // 2
-        is_target = labels[:, 1:] != -100
-        chosen, rejected = is_target[:num_pairs].sum(), is_target[num_pairs:].sum()
-        return torch.stack([chosen.new_tensor(num_pairs), chosen, rejected]).double()
+        """(4,): the loss's units, pairs, chosen and rejected tokens that are predicted."""
+        counts = PairCounts.of(batch["labels"])
+        units = counts.chosen + counts.rejected if self.loss.unit == "token" else counts.pairs
+        return torch.stack([units, counts.pairs, counts.chosen, counts.rejected])
 
     def head_loss(self, model: nn.Module, batch: dict[str, Any], shares: Tensor | None) -> dict[str, Tensor]:
         """See `HeadTrainer.head_loss`."""
         loss, labels = self.loss, batch["labels"]
         if shares is not None and self._token_mean is not None:
-            side = _CHOSEN if self._token_mean.side == "chosen" else _REJECTED
-            loss = reweighted(loss, self._token_mean, shares[_PAIRS], shares[side])
-        given = self._given(batch)
+            of_tokens = shares[2] if self._token_mean.side == "chosen" else shares[3]
+            loss = reweighted(loss, self._token_mean, shares[1], of_tokens)
+        given = self.given(model, batch)
+        known = {REFERENCE: given[REFERENCE]} if REFERENCE in given else {}
         if self.args.loss_impl == "naive":
-            return self.run_naive(model, batch, lambda logits: naive_loss(logits, labels, loss, given))
+            outputs = self.run_naive(model, batch, lambda logits: naive_loss(logits, labels, loss, given))
+            return {**outputs, **known}
         call = FusedLoss(
             labels,
             batch.get("layout"),
@@ -93,49 +132,61 @@ class PreferenceTrainer(HeadTrainer):
             self.args.backend,
             self.args.workspace_limit(),
             given,
+            ("entropy", "is_top1") if self.args.log_token_statistics else None,
         )
-        return self.run_in_head(model, batch, call)
+        return {**self.run_in_head(model, batch, call), **known}
 
-    def _given(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def given(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the loss needs besides, for one batch: arguments of `slime_fused.preference_loss`."""
         given: dict[str, Tensor] = {}
+        labels = batch["labels"]
+        if "ref_logps" in self.loss.needs:
+            given[REFERENCE] = self._reference.of_batch(model, batch)
         if "desirable" in self.loss.needs:
-            labels = batch["labels"]
             given["desirable"] = torch.arange(labels.shape[0], device=labels.device) < labels.shape[0] // 2
         return given
 
-    def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """See `HeadTrainer.record`. Means over pairs; ``logps/*`` are mean log-probs per token."""
-        counts = self.count_items(batch)
-        chosen, rejected = outputs["mean_logps"].double().chunk(2)
-        margins = chosen - rejected
-        loss = outputs["loss"].detach().double() + outputs.get("aux_loss", margins.new_zeros(())).detach()
-        means = {
-            "loss": loss,
-            "logps/chosen": chosen.mean(),
-            "logps/rejected": rejected.mean(),
-            "rewards/margins": margins.mean(),
-            "rewards/accuracies": (margins > 0).double().mean(),
-        }
-        if isinstance(self.loss, Slime):
-            means["slime/active_fraction"] = (margins < self.loss.margin_hard).double().mean()
-        prefix = type(self.loss).__name__.lower()
-        for name in self.loss.term_names:
-            means[f"{prefix}/{_SHORT.get(name, name)}"] = outputs[f"terms/{name}"]
-        if "aux_loss" in outputs:
-            means["aux_loss"] = outputs["aux_loss"]
-        averages.add("pairs", counts[_PAIRS], means)
-        averages.count(
-            {
-                "num_pairs": counts[_PAIRS],
-                "num_tokens": batch["attention_mask"].sum(),
-                "num_completion_tokens": counts[1:].sum(),
-            }
-        )
+    def record(
+        self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, is_training: bool
+    ) -> None:
+        """See `HeadTrainer.record` and `slime_fused.trainer.pair_metrics`."""
+        counts = PairCounts.of(batch["labels"])
+        means = unit_means(self.loss, outputs)
+        if self._token_mean is not None and not is_training:
+            # While training its weight has the micro-batch's share in it; here it is a mean over tokens.
+            name = logged_term(self.loss, self._token_mean.term)
+            tokens = counts.chosen if self._token_mean.side == "chosen" else counts.rejected
+            averages.add("tokens of one side", tokens, {name: means.pop(name)})
+        averages.add("units", self.count_items(batch)[0], means)
+        averages.add("pairs", counts.pairs, pair_means(self.loss, outputs, counts))
+        averages.add("tokens", counts.lengths.sum(), token_means(outputs, counts))
+        averages.count({"num_pairs": counts.pairs, "num_completion_tokens": counts.lengths.sum()})
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """See `HeadTrainer.finish`: a loss with a mean over tokens inside is the sum of its terms."""
+        if self._token_mean is not None and metrics:
+            terms = [metrics[logged_term(self.loss, name)] for name in self.loss.term_names]
+            metrics["loss"] = sum(terms) + metrics.get("aux_loss", 0.0)
+        return super().finish(metrics)
+
+    def predictions(
+        self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """``chosen_logps``, ``rejected_logps``: (P,) mean log-probs per token; ``chosen_sum_logps`` and
+        ``rejected_sum_logps``; ``ref_chosen_sum_logps`` and ``ref_rejected_sum_logps`` where the loss has a
+        reference. Label ids: (P, 2) tokens of the chosen and the rejected response.
+        """
+        lengths = (batch["labels"][:, 1:] != -100).sum(1)
+        told = {"logps": outputs["mean_logps"], "sum_logps": outputs["mean_logps"] * lengths}
+        predictions: dict[str, Tensor] = {}
+        for name, values in told.items():
+            chosen, rejected = values.detach().chunk(2)
+            predictions |= {f"chosen_{name}": chosen, f"rejected_{name}": rejected}
+        if REFERENCE in outputs:
+            chosen, rejected = outputs[REFERENCE].chunk(2)
+            predictions |= {"ref_chosen_sum_logps": chosen, "ref_rejected_sum_logps": rejected}
+        return predictions, torch.stack(lengths.chunk(2), dim=1)
 
     def card_text(self) -> CardText:
         """See `HeadTrainer.card_text`."""
         return loss_text(self.loss)
-
-
-_SHORT = {"margin_loss": "margin"}
-"""Terms that are logged under another name than the loss's own."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from slime_fused.losses import Slime
+from slime_fused.losses import KTO, Slime
 from slime_fused.losses.base import Formula
 from slime_fused.losses.pairwise import PairFormula
 
@@ -30,6 +30,25 @@ def find_token_mean(loss: Formula) -> TokenMean | None:
     if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
         return TokenMean("nll", "nll_weight", "chosen")
     return None
+
+
+def check_needs(loss: Formula) -> None:
+    """Refuse, with a ValueError, a loss that needs what pairs do not give."""
+    if isinstance(loss, KTO) and loss.baseline == "given":
+        raise ValueError(
+            "loss: KTO(baseline='given') expected a kl_baseline from responses to prompts that are not their own, "
+            "which pairs do not hold; use baseline='batch' (an estimate from the batch) or 'zero'"
+        )
+    if "ref_token_logps" in loss.needs:
+        raise ValueError(
+            f"loss: {loss!r} expected a reference's log-prob of every token, and the trainer keeps sums per "
+            "response; leave ld_alpha out, or call slime_fused.preference_loss yourself"
+        )
+    unknown = sorted(set(loss.needs) - {"ref_logps", "desirable"})
+    if unknown:
+        raise ValueError(
+            f"loss: {loss.name} expected {unknown}, which the trainer does not know; override `given` to give it"
+        )
 
 
 def reweighted(loss: Formula, mean: TokenMean | None, pair_share: Tensor, token_share: Tensor) -> Any:

@@ -98,7 +98,7 @@ def test_reported_numbers_against_the_definition(tokenizer, make_args):
     parts = report["slime/anchor"] + report["slime/margin"] + report["slime/stabilizer"]
     assert parts == pytest.approx(report["loss"], rel=1e-5)
     assert report["num_pairs"] == 4
-    assert report["num_tokens"] == int(batch["attention_mask"].sum())
+    assert report["num_tokens"] == report["num_new_tokens"] == int(batch["attention_mask"].sum())
     assert report["num_completion_tokens"] == int(mask.sum())
 
 
