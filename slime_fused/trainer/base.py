@@ -152,10 +152,8 @@ class HeadTrainer(Trainer, ABC):
         """
 
     @abstractmethod
-    def record(
-        self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, is_training: bool
-    ) -> None:
-        """Add one batch to what is logged."""
+    def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Add one batch, of training or of an evaluation, to what is logged."""
 
     def predictions(
         self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]
@@ -238,7 +236,7 @@ class HeadTrainer(Trainer, ABC):
             shares = self.count_items(inputs) / num_items_in_batch * self.accelerator.num_processes
         outputs = self.head_loss(model, inputs, shares)
         averages = self._train_averages if model.training else self._eval_averages
-        self.record(averages, outputs, inputs, is_training=model.training)
+        self.record(averages, outputs, inputs)
         averages.count({"num_new_tokens": inputs["attention_mask"].sum()})
         loss = outputs["loss"]
         if "aux_loss" in outputs:

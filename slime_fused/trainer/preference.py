@@ -146,13 +146,11 @@ class PreferenceTrainer(HeadTrainer):
             given["desirable"] = torch.arange(labels.shape[0], device=labels.device) < labels.shape[0] // 2
         return given
 
-    def record(
-        self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any], *, is_training: bool
-    ) -> None:
+    def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """See `HeadTrainer.record` and `slime_fused.trainer.pair_metrics`."""
         counts = PairCounts.of(batch["labels"])
         means = unit_means(self.loss, outputs)
-        if self._token_mean is not None and not is_training:
+        if self._token_mean is not None and not self.model.training:
             # While training its weight has the micro-batch's share in it; here it is a mean over tokens.
             name = logged_term(self.loss, self._token_mean.term)
             tokens = counts.chosen if self._token_mean.side == "chosen" else counts.rejected
