@@ -137,7 +137,7 @@ class LossHook:
             return total, model(**model_inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        """Adds the means since the last report, under the names that TRL's `log` gives them."""
+        """Adds the means since the last report, under TRL's names; `evaluate` returns them, too."""
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
         losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
@@ -148,9 +148,9 @@ class LossHook:
                 # The base class misweighs the last batch of several processes: it repeats means once per row.
                 logs[losses[-1]] = total
             trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
-            for name, value in means.items():
-                trainer._metrics[mode][name] = [value]
-            trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
+            means["num_tokens"] = trainer._total_train_tokens
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{name}": value for name, value in means.items()})
         return self._plain["log"](logs, *args, **kwargs)
 
     def forget(self, *modes: str) -> None:
