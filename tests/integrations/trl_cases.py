@@ -27,8 +27,19 @@ LOSSES = {
 }
 
 
-def make_trainer(tokenizer, folder, model=None, *, ref_model="none", pairs=12, cls=DPOTrainer, extra=None, **options):
-    """A `DPOTrainer` for two pairs a step; ``ref_model="copy"`` is a second model with the weights of `tiny_llama`."""
+def make_trainer(
+    tokenizer,
+    folder,
+    model=None,
+    *,
+    ref_model="none",
+    pairs=12,
+    train_dataset=None,
+    cls=DPOTrainer,
+    extra=None,
+    **options,
+):
+    """A `DPOTrainer` for two pairs a step; ``ref_model="copy"`` is a second model of `tiny_llama`'s weights."""
     args = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -53,7 +64,7 @@ def make_trainer(tokenizer, folder, model=None, *, ref_model="none", pairs=12, c
         model,
         ref_model=ref_model,
         args=DPOConfig(**args),
-        train_dataset=Dataset.from_list(make_pairs(pairs)),
+        train_dataset=Dataset.from_list(make_pairs(pairs)) if train_dataset is None else train_dataset,
         eval_dataset=Dataset.from_list(make_pairs(5, seed=5)),
         processing_class=tokenizer,
         **(extra or {}),

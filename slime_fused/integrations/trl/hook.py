@@ -137,7 +137,7 @@ class LossHook:
             return total, model(**model_inputs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-        """Adds the means since the last report, under the names that TRL's `log` gives them."""
+        """Adds the means since the last report, under TRL's names; `evaluate` returns them, too."""
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
         losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
@@ -148,16 +148,17 @@ class LossHook:
                 # The base class misweighs the last batch of several processes: it repeats means once per row.
                 logs[losses[-1]] = total
             trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
-            for name, value in means.items():
-                trainer._metrics[mode][name] = [value]
-            trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
+            means["num_tokens"] = trainer._total_train_tokens
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{name}": value for name, value in means.items()})
         return self._plain["log"](logs, *args, **kwargs)
 
-    def forget(self) -> None:
-        """End a loop: its step, and what of an evaluation has not been reported."""
+    def forget(self, *modes: str) -> None:
+        """End a loop: its step, and what of these modes has not been reported."""
         self._window = None
-        self.calls["eval"] = 0
-        self._means["eval"] = WeightedMeans()
+        for mode in modes:
+            self.calls[mode] = 0
+            self._means[mode] = WeightedMeans()
 
     def _base(self) -> Any:
         return unwrap_peft(self._trainer.accelerator.unwrap_model(self._trainer.model))
@@ -231,6 +232,12 @@ class HookGuard(TrainerCallback):
     def __init__(self, hook: LossHook) -> None:
         self._hook = hook
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What was called before belongs to no report."""
+        self._hook.forget("train", "eval")
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -254,20 +261,20 @@ class HookGuard(TrainerCallback):
     ) -> None:
         """After the loop over the dataset."""
         self._require("eval")
-        self._hook.forget()
+        self._hook.forget("eval")
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """As an evaluation, whose means nobody reports."""
         self._require("eval")
-        self._hook.forget()
+        self._hook.forget("eval")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """What is called afterwards belongs to no step."""
-        self._hook.forget()
+        self._hook.forget("train")
 
     def _require(self, mode: str) -> None:
         if not self._hook.calls[mode]:

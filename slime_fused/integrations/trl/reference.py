@@ -191,7 +191,8 @@ class ReferenceLogProbs:
 
     def _free(self) -> None:
         trainer = self._trainer
-        self.is_dropped |= self._has_model
+        had_model = self._has_model
+        self.is_dropped |= had_model
         if trainer.ref_model is not None:
             # What the accelerator has prepared it keeps, too.
             prepared = trainer.accelerator._models
@@ -200,7 +201,8 @@ class ReferenceLogProbs:
         model = self._model
         if self._is_adapter and _ADAPTER in model.peft_config and _ADAPTER not in model.active_adapters:
             model.delete_adapter(_ADAPTER)
-        gc.collect()
+        if had_model:
+            gc.collect()  # TRL patches the model's forward with a method of itself: a circle
 
     def fill_datasets(self) -> None:
         """Compute the reference's log-probs of all examples, into columns of the datasets; then drop the model.

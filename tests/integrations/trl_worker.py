@@ -1,0 +1,58 @@
+"""One process of the data-parallel test under TRL: two runs of a tiny model; saves what rank 0 saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+import slime_fused as sf
+from slime_fused.integrations.trl import enable_loss
+from tests.integrations.trl_cases import make_trainer, reports
+from tests.tiny_models import make_tokenizer
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        module = getattr(model, "module", model)
+        self.gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+
+
+def train_twice(folder: str, batch_size: int, accumulation: int) -> None:
+    """SLIME with means over tokens, then DPO on a cached reference: two steps each, and an evaluation."""
+    recorder, rows, evaluations = Recorder(), [], {}
+    losses = (sf.SlimeLossConfig(stabilizer_reduction="token"), sf.losses.DPO(beta=0.5))
+    for loss in losses:
+        is_dpo = isinstance(loss, sf.losses.DPO)
+        trainer = make_trainer(
+            make_tokenizer(),
+            folder,
+            ref_model="copy" if is_dpo else "none",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+            extra={"callbacks": [recorder]},
+        )
+        enable_loss(trainer, loss, cache_reference=is_dpo)
+        trainer.train()
+        rows += reports(trainer)
+        evaluations |= {f"{loss.name} {name}": value for name, value in trainer.evaluate().items()}
+    if trainer.is_world_process_zero():
+        torch.save(recorder.gradients, Path(folder) / "gradients.pt")
+        (Path(folder) / "reports.json").write_text(json.dumps([rows, evaluations]))
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    train_twice(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    sys.stdout.flush()
+    # Now and then gloo's process group waits for its threads forever in its destructor.
+    os._exit(0)
