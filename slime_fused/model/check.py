@@ -88,8 +88,8 @@ def check_head(
     if not difference <= allowed:
         raise HeadMismatchError(
             f"model: the log-probs from the hidden states and the head of {type(base).__name__} differ from those "
-            f"of its own logits by {difference:.3g} (at most {allowed:.3g} expected in {dtype}), with {transform} read "
-            "from its config. The model does something to its logits that is not known here: train with "
+            f"of its own logits by {difference:.3g} (at most {allowed:.3g} expected in {dtype}), with {transform} "
+            "read from its config. The model does something to its logits that is not known here: train with "
             "loss_impl='naive', or set check_head=False if you know better"
         )
     return difference

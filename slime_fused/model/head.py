@@ -26,6 +26,9 @@ __all__ = ["HeadCall", "attach_head", "unwrap_peft"]
 
 _RAN = "_slime_head_call_ran"
 
+_UNFUSED_METHODS = ("SHADOW", "XLORA")
+"""Methods of PEFT that a decoder called by itself does not run."""
+
 
 def attach_head(model: nn.Module) -> None:
     """Let ``model(..., head_call=call)`` return ``call(hidden, weight, bias)``, plus ``aux_loss`` for a router's.
@@ -40,11 +43,22 @@ def attach_head(model: nn.Module) -> None:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"model: expected a causal language model with an output head, got {type(base).__name__}")
+    _check_methods(getattr(unwrap_module(model), "peft_config", {}))
     attach_layers(head)
     patch_forward(base, _model_forward)
     if _RAN not in base.__dict__:
         setattr(base, _RAN, False)
         base.register_forward_hook(_require_head_call, with_kwargs=True)
+
+
+def _check_methods(peft_config: Any) -> None:
+    for config in peft_config.values() if isinstance(peft_config, dict) else ():
+        method = getattr(getattr(config, "peft_type", None), "value", None)
+        if method in _UNFUSED_METHODS:
+            raise ValueError(
+                f"peft_config: {method} puts more than hidden states between the model's layers, or runs the model "
+                "twice, so that no loss is fused; train with loss_impl='naive'"
+            )
 
 
 def _model_forward(
