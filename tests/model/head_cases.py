@@ -40,7 +40,7 @@ def fused_loss(model: torch.nn.Module, batch: dict[str, Any], run: Any = run_in_
 
 
 def loss_of_logits(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """By `slime_fused.reference`, from what the model itself answers. Its sequences begin with virtual tokens, if any."""
+    """By `slime_fused.reference`, from the model's own answer, which may begin with virtual tokens."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     logits = model(**inputs).logits[:, -batch["labels"].shape[1] : -1]
