@@ -69,6 +69,7 @@ def check_head(
     try:
         with torch.no_grad():
             logits = model(**inputs, **options).logits[looked_at, positions]  # (K, V)
+            _check_width(logits, base.get_output_embeddings())
             expected = torch.log_softmax(logits.float(), dim=-1)
             tokens = torch.stack([batch["input_ids"][row, targets], logits.argmax(-1), logits.argmin(-1)], dim=1)
             call = FusedLogProbs(positions, tokens, transform, backend, workspace, looked_at)
@@ -114,6 +115,16 @@ def _first_targets(labels: Tensor) -> tuple[int, Tensor]:
     if not len(rows):
         raise ValueError("batch: expected a sequence with a token to predict (labels other than -100), got none")
     return int(rows[0]), is_target[rows[0]].nonzero().flatten()[:_NUM_POSITIONS]
+
+
+def _check_width(logits: Tensor, head: Any) -> None:
+    size = getattr(head, "out_features", logits.shape[-1])
+    if type(logits).__name__ == "DTensor" or logits.shape[-1] < size:
+        raise ValueError(
+            f"model: expected whole logits of {size} tokens to compare with, got a part of {logits.shape[-1]} "
+            "on each process; give lm_head output_layouts=Replicate() and use_local_output=True in the "
+            "tensor-parallel plan, or set check_head=False"
+        )
 
 
 def _is_per_token(value: Any, labels: Tensor) -> bool:
