@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import slime_fused
 from slime_fused import reference
 from slime_fused.losses import Formula
-from slime_fused.model.head import HeadCall
+from slime_fused.model.head import HeadCall, attach_head
+from slime_fused.model.sharding import split_head
 from slime_fused.model.transform import LogitTransform
 from slime_fused.output import PreferenceOutput
 
@@ -36,6 +37,7 @@ class FusedLoss:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """See `HeadCall` and `as_dict`. Virtual prompt tokens of an adapter precede the labels and are cut off."""
+        weight, bias, tp_group = split_head(weight, bias)
         output = slime_fused.preference_loss(
             hidden[:, -self.labels.shape[1] :],
             weight,
@@ -49,6 +51,7 @@ class FusedLoss:
             backend=self.backend,
             workspace=self.workspace,
             return_stats=self.stats,
+            tp_group=tp_group,
         )
         return as_dict(output)
 
@@ -64,10 +67,13 @@ class FusedLogProbs:
     transform: LogitTransform
     backend: str
     workspace: int | str
+    row: int = 0
+    """The sequence looked at."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """``logps`` (K, C) for the first sequence of ``hidden``."""
-        rows = hidden[0, self.positions]  # (K, D)
+        """``logps`` (K, C)."""
+        weight, bias, tp_group = split_head(weight, bias)
+        rows = hidden[self.row, self.positions]  # (K, D)
         num_tokens = self.tokens.shape[1]
         logps = slime_fused.linear_logprobs(
             rows.unsqueeze(1).expand(-1, num_tokens, -1).contiguous(),
@@ -78,12 +84,17 @@ class FusedLogProbs:
             logit_softcap=self.transform.softcap,
             backend=self.backend,
             workspace=self.workspace,
+            tp_group=tp_group,
         )
         return {"logps": logps}
 
 
 def run_in_head(model: nn.Module, inputs: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:
-    """``model(**inputs, head_call=call)``, with the numbers of ``call`` to the bit, whatever wraps the model."""
+    """``model(**inputs, head_call=call)``, with the numbers of ``call`` to the bit, whatever wraps the model.
+
+    The model is attached again first if something has replaced its forward, see `attach_head`.
+    """
+    attach_head(model)
     exact: dict[str, Tensor] = {}
 
     def head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:

@@ -3,110 +3,62 @@
 Fused losses need the head's weight, not its output. Reading ``model.lm_head.weight`` from outside goes wrong when
 the head is a unit of its own under FSDP or ZeRO-3: no hook gathers the weight, or none reduces its gradient. Here
 the call goes model -> decoder -> `lm_head.__call__`, so every hook that surrounds a plain forward surrounds the
-loss too, and what leaves the head is a dictionary of tensors, as those hooks expect. For LoRA on the head the same
-holds of its parts, of which PEFT's own FSDP policy makes units: the adapter's matrices come out of calls of
-`lora_A` and `lora_B`, and the loss runs inside a call of the base layer.
+loss too, and what leaves the head is a dictionary of tensors, as those hooks expect.
 
-`attach_head` adds the keyword ``head_call`` to the model's forward and to the head's. Without it both behave as
-before: generation, saving and evaluation by other means are untouched.
+`attach_head` adds the keyword ``head_call`` to the model's forward and to the head's (`layers.py`). Without it both
+behave as before: generation, saving and evaluation by other means are untouched.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slime_fused.model.layers import HeadCall, attach_layers, patch_forward
+from slime_fused.model.sharding import is_tensor_parallel
+from slime_fused.model.wrappers import unwrap_module, unwrap_peft
 
-class HeadCall(Protocol):
-    """What to do in the head. The result may hold tensors only, for the sake of sharding hooks."""
+__all__ = ["HeadCall", "attach_head", "unwrap_peft"]
 
-    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """``hidden`` (S, T, D), ``weight`` (V, D), ``bias`` (V,) or None."""
+_RAN = "_slime_head_call_ran"
+
+_UNFUSED_METHODS = ("SHADOW", "XLORA")
+"""Methods of PEFT that a decoder called by itself does not run."""
 
 
 def attach_head(model: nn.Module) -> None:
     """Let ``model(..., head_call=call)`` return ``call(hidden, weight, bias)``, plus ``aux_loss`` for a router's.
 
-    ``model`` is a causal language model of `transformers`, bare or wrapped by PEFT; attach after wrapping and
-    before the model is prepared for a device or sharded. A second call changes nothing.
+    ``model`` is a causal language model of `transformers`, bare or wrapped by PEFT. Attach before the model is
+    prepared for a device or sharded. A second call changes nothing, unless something has replaced the model's
+    forward since (a patch by Liger): it then goes around the new one. An adapter may be added later.
 
     Raises TypeError for a model without an output head, ValueError for a head that is no plain matrix product.
     """
-    base: Any = unwrap_peft(model)
+    base = unwrap_peft(unwrap_module(model))
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"model: expected a causal language model with an output head, got {type(base).__name__}")
-    for layer in _matrix_layers(head):
-        _check_layer(layer)
-        if _is_lora(layer):
-            _patch_lora(layer)
-        else:
-            _patch(layer, _matrix_forward)
-    _patch(base, _model_forward)
+    _check_methods(getattr(unwrap_module(model), "peft_config", {}))
+    attach_layers(head)
+    patch_forward(base, _model_forward)
+    if _RAN not in base.__dict__:
+        setattr(base, _RAN, False)
+        base.register_forward_hook(_require_head_call, with_kwargs=True)
 
 
-def unwrap_peft(model: Any) -> Any:
-    """The `transformers` model inside a PEFT wrapper, or ``model`` itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
-def _matrix_layers(head: Any) -> Iterator[nn.Module]:
-    """The modules whose forward is the matrix product: behind modules_to_save there is one per adapter."""
-    if hasattr(head, "modules_to_save"):
-        yield from head.modules_to_save.values()
-        yield head.original_module
-    else:
-        yield head
-
-
-def _check_layer(layer: Any) -> None:
-    if _is_lora(layer):
-        if getattr(layer, "lora_variant", None):
-            variants = sorted(type(v).__name__ for v in layer.lora_variant.values())
+def _check_methods(peft_config: Any) -> None:
+    for config in peft_config.values() if isinstance(peft_config, dict) else ():
+        method = getattr(getattr(config, "peft_type", None), "value", None)
+        if method in _UNFUSED_METHODS:
             raise ValueError(
-                f"peft_config: the output head carries the LoRA variant {variants} (DoRA and the like), whose "
-                "weight is no sum of two matrices; take the head out of target_modules, or use plain LoRA there"
+                f"peft_config: {method} puts more than hidden states between the model's layers, or runs the model "
+                "twice, so that no loss is fused; train with loss_impl='naive'"
             )
-    elif not hasattr(layer, "token_adapter") and not isinstance(layer, nn.Linear):
-        raise ValueError(
-            f"model: expected an output head that is a torch.nn.Linear, got {type(layer).__name__}; "
-            "train with loss_impl='naive'"
-        )
-    weight = getattr(layer, "base_layer", layer).weight if _is_lora(layer) else layer.weight
-    # FSDP and ZeRO-3 may have flattened or emptied the parameter by now; a packed one is no floating-point number.
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"model: expected an output head with floating-point weights, got {weight.dtype}; "
-            "exclude the head from quantisation"
-        )
-
-
-def _patch_lora(layer: Any) -> None:
-    _patch(layer, _lora_forward)
-    _patch(layer.get_base_layer(), _matrix_forward)
-    for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-        _patch(factor, _factor_forward)
-
-
-def _patch(module: Any, replacement: Callable[..., Any]) -> None:
-    """Let ``replacement(plain, module, ...)`` be the forward of ``module``, where ``plain`` is the one it had."""
-    if "_slime_plain_forward" in module.__dict__:
-        return
-    plain = module.forward
-
-    # The signature stays visible: generation and the base trainer inspect it.
-    @functools.wraps(plain)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return replacement(plain, self, *args, **kwargs)
-
-    module._slime_plain_forward = plain
-    module.forward = types.MethodType(forward, module)
 
 
 def _model_forward(
@@ -120,86 +72,43 @@ def _model_forward(
     """``router_weight``: of the router's loss, 0 for none; None is what the model's config says."""
     if head_call is None:
         return plain(*args, **kwargs)
+    setattr(base, _RAN, True)
     kwargs.pop("labels", None)
     routed = bool(getattr(base.config.get_text_config(), "output_router_logits", False))
     routed = routed if router_weight is None else router_weight != 0
     if routed:
         kwargs["output_router_logits"] = True
     outputs = _decoder(base)(*args, **{**kwargs, "use_cache": False, "return_dict": True})
-    result = base.get_output_embeddings()(outputs.last_hidden_state, head_call=head_call)
+    head = base.get_output_embeddings()
+    attach_layers(head)  # an adapter may have come since
+    if is_tensor_parallel(head):
+        # Its hooks gather logits. FSDP's stand around the whole model in that case.
+        result = head.forward(outputs.last_hidden_state, head_call=head_call, has_hooks=False)
+    else:
+        result = head(outputs.last_hidden_state, head_call=head_call)
     if routed:
         result = {**result, "aux_loss": _router_loss(base, outputs, kwargs.get("attention_mask"), router_weight)}
     return result
 
 
+def _require_head_call(base: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """A forward put in place of ours takes ``head_call`` for one of the decoder's options, and drops it."""
+    ran = getattr(base, _RAN)
+    setattr(base, _RAN, False)
+    if kwargs.get("head_call") is not None and not ran:
+        raise RuntimeError(
+            f"model: the forward of {type(base).__name__} was replaced after attach_head (by "
+            f"{base.forward.__module__}), so that the loss does not run in its head; call attach_head again after "
+            "that patch, or switch it off (liger_kernel_config={'fused_linear_cross_entropy': False})"
+        )
+
+
 def _decoder(base: Any) -> Any:
     """The model under the head, with whatever encodes its other inputs."""
-    # Releases before 5 give Gemma3ForCausalLM the prefix of its multimodal sibling, and so itself as base model.
-    return base.base_model if base.base_model is not base else base.get_decoder()
-
-
-def _matrix_forward(
-    plain: Callable[..., Any],
-    layer: Any,
-    hidden: Tensor,
-    *args: Any,
-    head_call: HeadCall | None = None,
-    deltas: Sequence[Tensor] = (),
-    **kwargs: Any,
-) -> Any:
-    """Of a plain head, or of the base layer under LoRA, to whose weight ``deltas`` are added."""
-    if head_call is None:
-        return plain(hidden, *args, **kwargs)
-    weight = layer.weight
-    # PEFT's wrapper for trainable tokens multiplies without a bias and answers no question about one.
-    bias = None if hasattr(layer, "token_adapter") else layer.bias
-    if type(weight).__name__ == "DTensor":
-        raise ValueError(
-            "model: expected the whole weight of the output head during its forward, got a DTensor (tensor "
-            "parallelism), which this trainer does not support; leave lm_head out of the tensor-parallel plan"
-        )
-    for delta in deltas:
-        weight = weight + delta.to(weight.dtype)
-    return head_call(hidden, weight, bias)
-
-
-def _lora_forward(
-    plain: Callable[..., Any], layer: Any, *args: Any, head_call: HeadCall | None = None, **kwargs: Any
-) -> Any:
-    """``head_call`` on the weight ``W + scaling * B A``, which costs one more matrix of W's size.
-
-    Raises ValueError where no such matrix exists: LoRA dropout, an adapter bias.
-    """
-    if head_call is None:
-        return plain(*args, **kwargs)
-    adapters = [] if layer.merged or layer.disable_adapters else layer.active_adapters
-    deltas = []
-    for name in adapters:
-        if name not in layer.lora_A:
-            continue
-        dropout = layer.lora_dropout[name]
-        if layer.training and getattr(dropout, "p", 0.0) > 0.0:
-            raise ValueError(
-                f"peft_config: lora_dropout={dropout.p} on the output head cannot be fused; "
-                "set lora_dropout=0 or disable_dropout=True"
-            )
-        if layer.lora_bias.get(name):
-            raise ValueError("peft_config: lora_bias=True on the output head is not supported; set it to False")
-        a = layer.lora_A[name](weight_only=True)  # (r, D)
-        b = layer.lora_B[name](weight_only=True)  # (V, r)
-        deltas.append(layer.scaling[name] * (b @ a))
-    return layer.get_base_layer()(*args, head_call=head_call, deltas=deltas)
-
-
-def _factor_forward(
-    plain: Callable[..., Any], factor: Any, *args: Any, weight_only: bool = False, **kwargs: Any
-) -> Any:
-    """``weight_only`` gives a copy of the weight: FSDP may free the weight itself when this call ends."""
-    return factor.weight.clone() if weight_only else plain(*args, **kwargs)
-
-
-def _is_lora(layer: nn.Module) -> bool:
-    return hasattr(layer, "lora_A") and hasattr(layer, "get_delta_weight")
+    if base.base_model is not base:
+        return base.base_model
+    # Releases before 5 give Gemma3 no prefix, and so itself as base model; `get_decoder` may leave out its images.
+    return base.model if isinstance(getattr(base, "model", None), nn.Module) else base.get_decoder()
 
 
 def _router_loss(base: Any, outputs: Any, attention_mask: Tensor | None, weight: float | None) -> Tensor:
