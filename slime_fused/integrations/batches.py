@@ -130,9 +130,16 @@ class BatchLoss:
             logps: Tensor = model(**inputs, head_call=call)["logps"]
         return logps
 
-    def check(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """See `check_head`; of a padded batch."""
-        check_head(model, dict(batch), _transform(model), self.backend, self.workspace)
+    def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
+        """See `check_head`; of the first sequence."""
+        ids, own = inputs["input_ids"][0], labels.values[0]
+        if labels.cu_seqlens is not None:
+            ids, own = ids[: labels.cu_seqlens[1]], own[: labels.cu_seqlens[1]]
+        elif inputs.get("attention_mask") is not None:
+            is_token = inputs["attention_mask"][0].bool()
+            ids, own = ids[is_token], own[is_token]
+        row = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": own[None]}
+        check_head(model, row, _transform(model), self.backend, self.workspace)
 
 
 def attach(*models: nn.Module | None) -> None:

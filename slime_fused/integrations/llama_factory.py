@@ -77,11 +77,11 @@ def enable_loss(
             self, model: Any, batch: Mapping[str, Tensor], train_eval: str = "train"
         ) -> tuple[Tensor, dict[str, float]]:
             """(loss, what to log of it)."""
-            if not self._head_is_checked:
-                self._head_is_checked = True
-                batch_loss.check(model, batch)
             inputs = dict(batch)
             labels = Labels(inputs.pop("labels"))
+            if not self._head_is_checked:
+                self._head_is_checked = True
+                batch_loss.check(model, inputs, labels)
             reference = _reference_logps(self, batch_loss, model, inputs, labels)
             outputs = batch_loss.policy(model, inputs, labels, reference)
             prefix = "eval_" if train_eval == "eval" else ""
