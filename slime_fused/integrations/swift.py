@@ -124,8 +124,8 @@ def enable_loss(
 def _check_trainer(trainer: Any) -> None:
     if trainer.template.sequence_parallel_size > 1:
         raise ValueError(
-            f"sequence_parallel_size: expected 1, got {trainer.template.sequence_parallel_size}: the loss would see "
-            "a part of each response"
+            f"sequence_parallel_size: expected 1, got {trainer.template.sequence_parallel_size}: the loss would see a "
+            "part of each response"
         )
     if trainer.is_encoder_decoder:
         raise ValueError("model: expected a decoder, got an encoder-decoder model")

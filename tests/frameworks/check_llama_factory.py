@@ -184,7 +184,7 @@ def test_a_trl_that_computes_its_loss_elsewhere_is_refused(monkeypatch):
     """As from TRL 0.29 on: `compute_loss` no longer asks `get_batch_loss_metrics`, and DPO would be trained."""
     base = PLAIN.__mro__[1]
     monkeypatch.setattr(base, "compute_loss", lambda self, model, inputs: self._compute_loss(model, inputs))
-    with pytest.raises(HookError, match="expected CustomDPOTrainer.compute_loss to call get_batch_loss_metrics"):
+    with pytest.raises(HookError, match=r"expected CustomDPOTrainer\.compute_loss to call get_batch_loss_metrics"):
         llama_factory.enable_loss(Slime())
     assert lf_trainer.CustomDPOTrainer is PLAIN
 

@@ -24,9 +24,11 @@ PLAIN = dpo_trainer.DPOTrainer
 
 @pytest.fixture(autouse=True)
 def plain_classes(monkeypatch):
-    """Every test begins with ms-swift's own classes."""
+    """Every test begins with ms-swift's own classes, and none asks the hub for news of its model."""
     import swift.rlhf_trainers
+    import swift.trainers.mixin
 
+    monkeypatch.setattr(swift.trainers.mixin, "check_local_model_is_latest", lambda *args, **kwargs: None)
     monkeypatch.setattr(dpo_trainer, "DPOTrainer", PLAIN)
     monkeypatch.setattr(swift.rlhf_trainers, "DPOTrainer", PLAIN, raising=False)
     monkeypatch.setattr(SwiftRLHF, "_prepare_model_tokenizer", SwiftRLHF._prepare_model_tokenizer)
@@ -165,8 +167,8 @@ def test_evaluation(settings):
 @pytest.mark.parametrize("loss", [Slime(), DPO(beta=0.2)], ids=["slime", "dpo"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_padding_free_batches_equal_padded_ones(settings, loss, scaled):
-    """One row of sequences, told apart by their positions. The model is asked for one sequence at a time here,
-    since flash-attention, which ms-swift wants for this, needs a GPU.
+    """One row of sequences, told apart by their positions. ms-swift wants flash-attention for this, which needs a
+    GPU; here `transformers` makes the mask that keeps them apart.
     """
     integration.enable_loss(loss)
     trainer = make_trainer({**settings, "tuner_type": "lora", "max_steps": 1})
@@ -230,6 +232,6 @@ def test_refusals(settings, entries, message):
 def test_a_trainer_that_computes_its_loss_elsewhere_is_refused(monkeypatch):
     """As TRL's own does from 0.29 on: `compute_loss` asks `_compute_loss`, and DPO would be trained."""
     monkeypatch.setattr(PLAIN, "compute_loss", lambda self, model, inputs: self._compute_loss(model, inputs))
-    with pytest.raises(HookError, match="expected DPOTrainer.compute_loss to call get_batch_loss_metrics"):
+    with pytest.raises(HookError, match=r"expected DPOTrainer\.compute_loss to call get_batch_loss_metrics"):
         integration.enable_loss(Slime())
     assert dpo_trainer.DPOTrainer is PLAIN
