@@ -123,10 +123,8 @@ def enable_loss(
 
 def _check_trainer(trainer: Any) -> None:
     if trainer.template.sequence_parallel_size > 1:
-        raise ValueError(
-            f"sequence_parallel_size: expected 1, got {trainer.template.sequence_parallel_size}: the loss would see a "
-            "part of each response"
-        )
+        size = trainer.template.sequence_parallel_size
+        raise ValueError(f"sequence_parallel_size: expected 1, got {size}: the loss would see parts of responses")
     if trainer.is_encoder_decoder:
         raise ValueError("model: expected a decoder, got an encoder-decoder model")
     if trainer.aux_loss_enabled:
