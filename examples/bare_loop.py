@@ -1,6 +1,6 @@
 """SLIME in a PyTorch loop of one's own: hidden states, the head's weight and labels are all it takes.
 
-    python examples/bare_loop.py            a model made on the spot learns to prefer counting to noise
+python examples/bare_loop.py            a model made on the spot learns to prefer counting to noise
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TinyDecoder(nn.Module):
 
 
 def make_batch(pairs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(2P, T) ids and labels, chosen rows first: the chosen response counts on from its prompt, the other does not."""
+    """(2P, T) ids and labels, chosen rows first: a chosen response counts on from its prompt."""
     start = torch.randint(VOCABULARY, (pairs, 1), generator=generator)
     chosen = (start + torch.arange(LENGTH)) % VOCABULARY
     rejected = torch.cat(
@@ -70,7 +70,8 @@ def main() -> None:
     model = TinyDecoder().to("cuda" if torch.cuda.is_available() else "cpu")
     for step, out in enumerate(train(model, steps=60)):
         if step % 10 == 9:
-            print(f"step {step + 1}: loss {out.loss:.4f}, margin {out.margins.mean():.3f}, accuracy {out.accuracy:.2f}")
+            margin = out.margins.mean()
+            print(f"step {step + 1}: loss {out.loss:.4f}, margin {margin:.3f}, accuracy {out.accuracy:.2f}")
 
 
 if __name__ == "__main__":

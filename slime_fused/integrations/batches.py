@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import slime_fused
+from slime_fused.integrations.trl.checks import check_options
 from slime_fused.losses import Formula, as_loss
-from slime_fused.model.calls import FusedLoss
+from slime_fused.model.calls import FusedLoss, run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head, unwrap_peft
 from slime_fused.model.transform import LogitTransform, find_logit_transform
@@ -43,17 +44,28 @@ class Labels:
         """(S, T), or (N,) where packed."""
         return self.values if self.cu_seqlens is None else self.values[0]
 
+    def counts(self) -> Tensor:
+        """(S,): how many labels of each sequence are predicted."""
+        if self.cu_seqlens is None:
+            return self._is_predicting().sum(1)
+        total = torch.cat([self.cu_seqlens.new_zeros(1), self._is_predicting().cumsum(0)])
+        return total[self.cu_seqlens.long()].diff()
+
     def halves(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Of (S, T) or (N,) numbers per position: those that predict labels, of chosen and rejected responses."""
+        is_predicting = self._is_predicting()
+        bounds = self.cu_seqlens
+        border = self.values.shape[0] // 2 if bounds is None else int(bounds[bounds.shape[0] // 2])
+        return numbers[:border][is_predicting[:border]], numbers[border:][is_predicting[border:]]
+
+    def _is_predicting(self) -> Tensor:
+        """(S, T) or (N,) bool: the position before each label."""
         is_predicting = torch.zeros_like(self.flat, dtype=torch.bool)
         is_predicting[..., :-1] = self.flat[..., 1:] != -100
-        if self.cu_seqlens is None:
-            border = self.values.shape[0] // 2
-        else:
+        if self.cu_seqlens is not None:
             # The last position of a sequence would predict the first of the next.
             is_predicting[self.cu_seqlens[1:].long() - 1] = False
-            border = int(self.cu_seqlens[self.cu_seqlens.shape[0] // 2])
-        return numbers[:border][is_predicting[:border]], numbers[border:][is_predicting[border:]]
+        return is_predicting
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class BatchLoss:
         for need in value.needs:
             if need not in _GIVEN:
                 raise ValueError(f"loss: {value.name} needs {need!r}, which no batch of this trainer holds")
+        check_options(backend, workspace)
         return cls(value, backend, workspace)
 
     @property
@@ -120,15 +133,13 @@ class BatchLoss:
         given: dict[str, Tensor] = {} if ref_logps is None else {"ref_token_logps": ref_logps}
         where = (_transform(model), self.backend, self.workspace)
         call = FusedLoss(labels.flat, labels.layout(), self.loss, *where, given, stats=("mean_logit",))
-        result: dict[str, Tensor] = model(**inputs, head_call=call)
-        return result
+        return run_in_head(model, inputs, call)
 
     def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
         """Log-prob of each label, in the shape of `Labels.flat`, without a gradient."""
         call = FusedReference(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
         with torch.no_grad():
-            logps: Tensor = model(**inputs, head_call=call)["logps"]
-        return logps
+            return run_in_head(model, inputs, call)["logps"]
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
         """See `check_head`; of the first sequence."""
@@ -149,24 +160,26 @@ def attach(*models: nn.Module | None) -> None:
             attach_head(model)
 
 
-def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels) -> dict[str, Tensor]:
-    """What to log of `BatchLoss.policy`: means over the batch, detached, under TRL's names where it has them.
+def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels, loss: Formula) -> dict[str, Tensor]:
+    """What to log of `BatchLoss.policy`: means over the batch, detached, under the names that TRL has for them.
 
-    ``logps/*`` are mean log-probs per token, whatever the loss. Where the loss names no rewards these are the means
-    too, as `SlimeTrainer` logs them. ``logits/*`` are means over the vocabulary and the responses' tokens.
-    ``terms/*`` are the loss's parts.
+    ``logps/*`` are sums over a response, ``mean_logps/*`` means over its tokens, which are also the rewards where
+    the loss names none. ``logits/*`` are means over the vocabulary and the responses' tokens. The loss's parts
+    stand under its own name: ``slime/anchor``.
     """
     chosen, rejected = outputs["mean_logps"].chunk(2)
-    margins = chosen - rejected
-    named = {name.removeprefix("metrics/"): value for name, value in outputs.items() if name.startswith("metrics/")}
+    chosen_counts, rejected_counts = labels.counts().to(chosen).chunk(2)
+    own = {name: outputs[f"metrics/{name}"] for name in loss.metric_names}
     metrics = {
         "rewards/chosen": chosen.mean(),
         "rewards/rejected": rejected.mean(),
-        "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
-        **named,
-        "logps/chosen": chosen.mean(),
-        "logps/rejected": rejected.mean(),
-        **{name: value for name, value in outputs.items() if name.startswith("terms/")},
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype).mean(),
+        **own,
+        "logps/chosen": (chosen * chosen_counts).mean(),
+        "logps/rejected": (rejected * rejected_counts).mean(),
+        "mean_logps/chosen": chosen.mean(),
+        "mean_logps/rejected": rejected.mean(),
+        **{f"{loss.name.lower()}/{name}": outputs[f"terms/{name}"] for name in loss.term_names},
     }
     for side, logits in zip(("chosen", "rejected"), labels.halves(outputs["stats/mean_logit"]), strict=True):
         metrics[f"logits/{side}"] = logits.mean()

@@ -85,7 +85,10 @@ def enable_loss(
             reference = _reference_logps(self, batch_loss, model, inputs, labels)
             outputs = batch_loss.policy(model, inputs, labels, reference)
             prefix = "eval_" if train_eval == "eval" else ""
-            metrics = {f"{prefix}{name}": value.item() for name, value in pair_metrics(outputs, labels).items()}
+            metrics = {
+                f"{prefix}{name}": value.item()
+                for name, value in pair_metrics(outputs, labels, batch_loss.loss).items()
+            }
             return total_loss(outputs), metrics
 
     FusedDPOTrainer.__name__ = plain.__name__

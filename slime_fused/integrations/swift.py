@@ -96,7 +96,7 @@ def enable_loss(
                 # Where batches hold different numbers of pairs, the mean over the window's pairs.
                 loss = loss * (outputs["mean_logps"].shape[0] // 2 * pair_loss_scale)
             prefix = "eval_" if train_eval == "eval" else ""
-            metrics = pair_metrics(outputs, labels)
+            metrics = pair_metrics(outputs, labels, batch_loss.loss)
             values = torch.stack([value.detach().float() for value in metrics.values()])
             means = self.accelerator.gather(values).view(-1, len(metrics)).mean(0).tolist()
             return loss, {f"{prefix}{name}": mean for name, mean in zip(metrics, means, strict=True)}

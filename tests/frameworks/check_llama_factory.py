@@ -81,9 +81,11 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
     assert len(losses) == len(logged) == 3
     for loss, entry in zip(losses, logged, strict=True):
         assert entry["loss"] == pytest.approx(loss, abs=1e-4)  # rounded to four digits
-        parts = sum(entry[f"terms/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
         assert parts == pytest.approx(loss, rel=1e-5)
-        assert entry["rewards/margins"] == pytest.approx(entry["logps/chosen"] - entry["logps/rejected"], abs=1e-6)
+        assert entry["rewards/margins"] == pytest.approx(
+            entry["mean_logps/chosen"] - entry["mean_logps/rejected"], abs=1e-6
+        )
     assert losses[-1] < losses[0]
     # The head was trained and is in the adapter.
     from safetensors import safe_open
@@ -127,16 +129,12 @@ def test_simpo_equals_llama_factorys_own(settings, monkeypatch):
         {**config, "slime_loss": "simpo", "slime_beta": 2.0, "slime_gamma": 0.5, "overwrite_output_dir": True}
     )
     fused = history(settings)
+    assert len(own) == len(fused) == 3
     for theirs, ours in zip(own, fused, strict=True):
-        for name in (
-            "loss",
-            "grad_norm",
-            "rewards/accuracies",
-            "rewards/margins",
-            "logps/chosen",
-            "logps/rejected",
-        ):
+        for name in ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "rewards/chosen"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-4), name
+        # What it calls logps is a mean for this loss.
+        assert ours["mean_logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-3)
 
 
 def test_evaluation(settings):
@@ -144,7 +142,7 @@ def test_evaluation(settings):
     llama_factory.train({**config, "finetuning_type": "lora", "slime_loss": "slime", "max_steps": 1})
     results = json.loads((Path(settings["output_dir"]) / "eval_results.json").read_text())
     assert results["eval_loss"] == pytest.approx(
-        sum(results[f"eval_terms/{name}"] for name in ("anchor", "margin_loss", "stabilizer")), rel=1e-4
+        sum(results[f"eval_slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer")), rel=1e-4
     )
 
 

@@ -119,9 +119,11 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
     assert len(losses) == len(logged) == 3
     for loss, entry in zip(losses, logged, strict=True):
         assert entry["loss"] == pytest.approx(loss, rel=1e-5)
-        parts = sum(entry[f"terms/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
         assert parts == pytest.approx(loss, rel=1e-5)
-        assert entry["rewards/margins"] == pytest.approx(entry["logps/chosen"] - entry["logps/rejected"], abs=1e-6)
+        assert entry["rewards/margins"] == pytest.approx(
+            entry["mean_logps/chosen"] - entry["mean_logps/rejected"], abs=1e-6
+        )
     assert losses[-1] < losses[0]
 
 
@@ -148,7 +150,8 @@ def test_dpo_equals_swifts_own(settings):
     rlhf_main(arguments(settings))
     fused = history(settings)
     assert len(own) == len(fused) == 3
-    names = ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "rewards/chosen", "logits/chosen")
+    names = ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "rewards/chosen")
+    names += ("logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected")
     for theirs, ours in zip(own, fused, strict=True):
         for name in names:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
@@ -160,7 +163,7 @@ def test_evaluation(settings):
     rlhf_main(arguments({**settings, **extra, "tuner_type": "lora"}))
     lines = (Path(settings["output_dir"]) / "logging.jsonl").read_text().splitlines()
     (entry,) = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
-    parts = sum(entry[f"eval_terms/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+    parts = sum(entry[f"eval_slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
     assert entry["eval_loss"] == pytest.approx(parts, rel=1e-4)
 
 
