@@ -13,11 +13,15 @@ PRODUCT_TESTS := $(addprefix tests/, $(addsuffix .py, test_slime_values test_sli
   test_backend_grid test_preference_loss test_token_statistics test_token_statistics_edges \
   test_unit_losses_statistics trainer/test_trainer model/test_head trainer/test_readme))
 
-.PHONY: test lint build demo bench report clean
+.PHONY: test test-integrations lint build demo bench report clean
 
 test: build lint
 	$(BIN)/python -m pytest
 	$(OTHER_PRODUCTS) $(BIN)/python -m pytest -p tests.reordered_products -k 'not peak_memory' $(PRODUCT_TESTS)
+
+# Other people's trainers, each in an environment of its own under .integrations/; one of them: ONLY=llama_factory.
+test-integrations: build
+	$(BIN)/python tests/frameworks/run.py --torch '$(TORCH)' $(ONLY)
 
 # Everything the project needs, in an environment of its own; again only when the requirements change.
 $(VENV)/.installed: pyproject.toml

@@ -23,7 +23,8 @@ class FusedLoss:
     """A `HeadCall` that computes a loss of preferences without materialising the logits."""
 
     labels: Tensor
-    """(S, T): -100 on prompt and padding; position t of the hidden states predicts ``labels[:, t + 1]``."""
+    """(S, T): -100 on prompt and padding; position t of the hidden states predicts ``labels[:, t + 1]``. Or (N,) of
+    packed sequences, which the model takes as one row: the layout, which is then needed, holds their boundaries."""
     layout: slime_fused.TokenLayout | None
     """That of the labels, where the collator has made it."""
     loss: Formula
@@ -38,8 +39,9 @@ class FusedLoss:
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """See `HeadCall` and `as_dict`. Virtual prompt tokens of an adapter precede the labels and are cut off."""
         weight, bias, tp_group = split_head(weight, bias)
+        hidden = hidden[:, -self.labels.shape[-1] :]
         output = slime_fused.preference_loss(
-            hidden[:, -self.labels.shape[1] :],
+            hidden[0] if self.labels.dim() == 1 else hidden,
             weight,
             self.labels if self.layout is None else self.layout.to(hidden.device),
             loss=self.loss,

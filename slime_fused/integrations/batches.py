@@ -1,0 +1,200 @@
+"""A batch of pairs in somebody else's trainer: its loss and reference log-probs, computed in the model's head.
+
+What the integrations share that override how a trainer computes its loss. Rows are the P chosen responses and then
+the P rejected ones; labels are -100 on prompt and padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import slime_fused
+from slime_fused.integrations.trl.checks import check_options
+from slime_fused.losses import Formula, as_loss
+from slime_fused.model.calls import FusedLoss, run_in_head
+from slime_fused.model.check import check_head
+from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.transform import LogitTransform, find_logit_transform
+
+_GIVEN = ("ref_logps", "ref_token_logps")
+"""What a loss may need: the trainer's batch and its reference model give no more."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """(S, T) labels; or (1, N) of packed sequences, with their boundaries."""
+
+    values: Tensor
+    cu_seqlens: Tensor | None = None
+    """(S + 1,) boundaries of packed sequences."""
+
+    def layout(self) -> slime_fused.TokenLayout:
+        """Of labels that the position before predicts."""
+        if self.cu_seqlens is None:
+            return slime_fused.token_layout(self.values, shift=True)
+        return slime_fused.token_layout(self.flat, cu_seqlens=self.cu_seqlens, shift=True)
+
+    @property
+    def flat(self) -> Tensor:
+        """(S, T), or (N,) where packed."""
+        return self.values if self.cu_seqlens is None else self.values[0]
+
+    def counts(self) -> Tensor:
+        """(S,): how many labels of each sequence are predicted."""
+        if self.cu_seqlens is None:
+            return self._is_predicting().sum(1)
+        total = torch.cat([self.cu_seqlens.new_zeros(1), self._is_predicting().cumsum(0)])
+        return total[self.cu_seqlens.long()].diff()
+
+    def halves(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Of (S, T) or (N,) numbers per position: those that predict labels, of chosen and rejected responses."""
+        is_predicting = self._is_predicting()
+        bounds = self.cu_seqlens
+        border = self.values.shape[0] // 2 if bounds is None else int(bounds[bounds.shape[0] // 2])
+        return numbers[:border][is_predicting[:border]], numbers[border:][is_predicting[border:]]
+
+    def _is_predicting(self) -> Tensor:
+        """(S, T) or (N,) bool: the position before each label."""
+        is_predicting = torch.zeros_like(self.flat, dtype=torch.bool)
+        is_predicting[..., :-1] = self.flat[..., 1:] != -100
+        if self.cu_seqlens is not None:
+            # The last position of a sequence would predict the first of the next.
+            is_predicting[self.cu_seqlens[1:].long() - 1] = False
+        return is_predicting
+
+
+@dataclass(frozen=True)
+class FusedReference:
+    """A `HeadCall` that gives the log-prob of every label, without materialising the logits."""
+
+    labels: Tensor
+    """(S, T) or (N,), see `FusedLoss`."""
+    layout: slime_fused.TokenLayout
+    transform: LogitTransform
+    backend: str
+    workspace: int | str
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """``logps``, in the shape of the labels."""
+        hidden = hidden[:, -self.labels.shape[-1] :]
+        logps = slime_fused.linear_logprobs(
+            hidden[0] if self.labels.dim() == 1 else hidden,
+            weight,
+            self.layout.to(hidden.device),
+            bias=bias,
+            logit_scale=self.transform.scale,
+            logit_softcap=self.transform.softcap,
+            backend=self.backend,
+            workspace=self.workspace,
+        )
+        return {"logps": logps}
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss of pairs, and where it is computed."""
+
+    loss: Formula
+    backend: str = "auto"
+    workspace: int | str = "auto"
+
+    @classmethod
+    def of(cls, loss: Any, backend: str = "auto", workspace: int | str = "auto") -> BatchLoss:
+        """Of a value of `slime_fused.losses`, or a function of pairs.
+
+        Raises TypeError, ValueError for what is no loss of pairs, and for one that needs what no batch has.
+        """
+        value = cast(Formula, as_loss(loss))
+        if value.unit != "pair":
+            raise ValueError(f"loss: expected a loss of pairs, got one of single {value.unit}s: {value!r}")
+        for need in value.needs:
+            if need not in _GIVEN:
+                raise ValueError(f"loss: {value.name} needs {need!r}, which no batch of this trainer holds")
+        check_options(backend, workspace)
+        return cls(value, backend, workspace)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference model's log-probs are needed."""
+        return any(need.startswith("ref_") for need in self.loss.needs)
+
+    def policy(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels, ref_logps: Tensor | None
+    ) -> dict[str, Tensor]:
+        """See `slime_fused.model.calls.as_dict`; ``loss``, and ``aux_loss`` where there is one, carry a gradient.
+
+        ``inputs`` are the arguments of the model's forward, ``ref_logps`` what `reference` gave.
+        """
+        given: dict[str, Tensor] = {} if ref_logps is None else {"ref_token_logps": ref_logps}
+        where = (_transform(model), self.backend, self.workspace)
+        call = FusedLoss(labels.flat, labels.layout(), self.loss, *where, given, stats=("mean_logit",))
+        return run_in_head(model, inputs, call)
+
+    def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
+        """Log-prob of each label, in the shape of `Labels.flat`, without a gradient."""
+        call = FusedReference(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
+        with torch.no_grad():
+            return run_in_head(model, inputs, call)["logps"]
+
+    def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
+        """See `check_head`; of the first sequence."""
+        ids, own = inputs["input_ids"][0], labels.values[0]
+        if labels.cu_seqlens is not None:
+            ids, own = ids[: labels.cu_seqlens[1]], own[: labels.cu_seqlens[1]]
+        elif inputs.get("attention_mask") is not None:
+            is_token = inputs["attention_mask"][0].bool()
+            ids, own = ids[is_token], own[is_token]
+        row = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": own[None]}
+        check_head(model, row, _transform(model), self.backend, self.workspace)
+
+
+def attach(*models: nn.Module | None) -> None:
+    """See `attach_head`; of those that are there."""
+    for model in models:
+        if model is not None:
+            attach_head(model)
+
+
+def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels, loss: Formula) -> dict[str, Tensor]:
+    """What to log of `BatchLoss.policy`: means over the batch, detached, under the names that TRL has for them.
+
+    ``logps/*`` are sums over a response, ``mean_logps/*`` means over its tokens, which are also the rewards where
+    the loss names none. ``logits/*`` are means over the vocabulary and the responses' tokens. The loss's parts
+    stand under its own name: ``slime/anchor``.
+    """
+    chosen, rejected = outputs["mean_logps"].chunk(2)
+    chosen_counts, rejected_counts = labels.counts().to(chosen).chunk(2)
+    own = {name: outputs[f"metrics/{name}"] for name in loss.metric_names}
+    metrics = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype).mean(),
+        **own,
+        "logps/chosen": (chosen * chosen_counts).mean(),
+        "logps/rejected": (rejected * rejected_counts).mean(),
+        "mean_logps/chosen": chosen.mean(),
+        "mean_logps/rejected": rejected.mean(),
+        **{f"{loss.name.lower()}/{name}": outputs[f"terms/{name}"] for name in loss.term_names},
+    }
+    for side, logits in zip(("chosen", "rejected"), labels.halves(outputs["stats/mean_logit"]), strict=True):
+        metrics[f"logits/{side}"] = logits.mean()
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if "aux_loss" in outputs:
+        metrics["aux_loss"] = outputs["aux_loss"].detach()
+    return metrics
+
+
+def total_loss(outputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss, and that of a mixture's router beside it."""
+    return outputs["loss"] + outputs["aux_loss"] if "aux_loss" in outputs else outputs["loss"]
+
+
+def _transform(model: Any) -> LogitTransform:
+    while not hasattr(model, "config"):
+        model = model.module
+    return find_logit_transform(unwrap_peft(model).config)
