@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from types import MethodType, ModuleType
+from types import MethodType
 
 import pytest
 import torch
@@ -232,14 +231,3 @@ def test_logits_that_are_more_than_the_head_gives(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, model)
     enable_slime(trainer, check_head=False)
     trainer.train()
-
-
-def test_the_kernels_under_trls_own_losses_load_when_asked_for(monkeypatch):
-    import slime_fused.integrations.trl as package
-
-    seam = ModuleType("seam")
-    seam.accelerate_trl = object()
-    monkeypatch.setitem(sys.modules, "slime_fused.integrations.trl.seam", seam)
-    assert package.accelerate_trl is seam.accelerate_trl
-    with pytest.raises(AttributeError, match="no attribute 'other'"):
-        package.other  # noqa: B018
