@@ -1,5 +1,5 @@
-"""TRL: `enable_slime` and `enable_loss` change the loss of a `trl.DPOTrainer`, `accelerate_trl` the kernels of its own
-losses.
+"""TRL: `enable_slime` and `enable_loss` change the loss of a `trl.DPOTrainer`, `accelerate_trl` the kernels under
+TRL's own losses.
 """
 
 from slime_fused.integrations.trl.enable import enable_loss, enable_slime
