@@ -273,7 +273,7 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self._answer |= {"step": state.global_step, "loss": logs["loss"], "tokens": logs["num_tokens"]}
+            self._answer |= {"step": state.global_step, "loss": logs["loss"], "tokens": logs["num_new_tokens"]}
             if not self._request["evaluate"]:
                 self._connection.send(self._answer)
 

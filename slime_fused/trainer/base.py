@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from slime_fused.model.calls import run_in_head
 from slime_fused.model.check import check_head
@@ -21,10 +18,20 @@ from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
 from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import CardText, model_card
 from slime_fused.trainer.config import HeadConfig
-from slime_fused.trainer.evaluation import filled_up, first_items, own_items
-from slime_fused.trainer.loading import load_model
+from slime_fused.trainer.evaluation import ExactEvaluation
 from slime_fused.trainer.metrics import Averages
-from slime_fused.trainer.setup import check_parallelism, disable_dropout, wrap_adapter
+from slime_fused.trainer.setup import (
+    CheckedCollator,
+    call_model_init,
+    check_arguments,
+    find_tokenizer,
+    initial_model,
+    ready_model,
+    refuse_streams,
+    with_learning_rate,
+    with_lengths,
+    with_pad_token,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -35,7 +42,7 @@ _TOKENS = "slime_fused: num_tokens"
 AnyDataset: TypeAlias = Dataset | IterableDataset | Iterable[Mapping[str, Any]]
 
 
-class HeadTrainer(Trainer, ABC):
+class HeadTrainer(ExactEvaluation, ABC):
     """What the trainers of this package share, whatever their loss.
 
     The loss runs inside the model's output head (`slime_fused.model.head`), so the (tokens x vocabulary) logits
@@ -59,8 +66,6 @@ class HeadTrainer(Trainer, ABC):
     """Columns of a prepared dataset, of which batches are made."""
     loss_inputs: ClassVar[tuple[str, ...]] = ("labels", "layout")
     """Entries of a batch that are for the loss, not for the model."""
-    rows_per_item: ClassVar[int] = 1
-    """Rows of a batch that belong together, a whole number of items apart: 2 for [chosen..., rejected...]."""
     tag_names: ClassVar[tuple[str, ...]] = ()
     """Tags of the models it makes."""
     # Our loss is normalised over the whole accumulation window; the base class must not divide it again.
@@ -68,7 +73,7 @@ class HeadTrainer(Trainer, ABC):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: HeadConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         train_dataset: AnyDataset | None = None,
@@ -80,48 +85,38 @@ class HeadTrainer(Trainer, ABC):
         **kwargs: Any,
     ) -> None:
         args = self.config_class() if args is None else args
-        check_parallelism(args, train_dataset)
-        loaded: Any = load_model(model, **args.model_options()) if isinstance(model, str) else model
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(unwrap_peft(loaded).config._name_or_path)
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
-        if processing_class.pad_token_id is None:
-            raise ValueError("processing_class: expected a tokenizer with a pad or an EOS token; it has neither")
-        loaded = wrap_adapter(loaded, peft_config, args)
-        if args.disable_dropout:
-            disable_dropout(loaded)
-        if args.loss_impl == "fused":
-            attach_head(loaded)
+        check_arguments(args, self.config_class, kwargs)
+        refuse_streams(eval_dataset, args.world_size)
+        model_init = kwargs.pop("model_init", None)
+        loaded: Any = initial_model(model, model_init, args, optimizers)
+        tokenizer = with_pad_token(find_tokenizer(model, loaded) if processing_class is None else processing_class)
+        loaded = ready_model(loaded, peft_config, args)
+        args = with_learning_rate(args, loaded)
         self.transform = find_logit_transform(unwrap_peft(loaded).config)
         self._train_averages, self._eval_averages = Averages(), Averages()
         self._num_tokens: Tensor | float | None = None
         self._head_is_checked = not args.check_head or args.loss_impl == "naive"
         # `prepare_dataset` needs both, and the base class sets them only when it has the datasets.
-        self.args, self.processing_class = args, processing_class
-        train_dataset = self.prepared(train_dataset, "train")
+        self.args, self.processing_class = args, tokenizer
+        train_dataset = with_lengths(self.prepared(train_dataset, "train"), args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self.prepared(value, f"eval ({name})") for name, value in eval_dataset.items()}
         else:
             eval_dataset = self.prepared(eval_dataset, "eval")
-        if data_collator is None:
-            # Of a stream the main process reads every batch and gives each process its rows of the tensors.
-            evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            is_cut_up = bool(getattr(args.accelerator_config, "dispatch_batches", False)) or any(
-                isinstance(dataset, IterableDataset) for dataset in (train_dataset, *evaluated)
-            )
-            data_collator = self.make_collator(has_layout=not is_cut_up)
+        collator = self.make_collator(has_layout=True)
         super().__init__(
             model=loaded,
             args=args,
-            data_collator=data_collator,
+            data_collator=CheckedCollator(data_collator, self.rows_per_item) if data_collator else collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             **kwargs,
         )
+        if model_init is not None:
+            self.model_init = lambda trial: ready_model(call_model_init(model_init, trial), peft_config, args)
         # Releases before 5.19 know no `loss_is_scaled_for_ga`; they divide unless the model takes the item count.
         self.model_accepts_loss_kwargs = True
         if hasattr(loaded, "add_model_tags"):
@@ -155,36 +150,9 @@ class HeadTrainer(Trainer, ABC):
     def record(self, averages: Averages, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
         """Add one batch, of training or of an evaluation, to what is logged."""
 
-    def predictions(
-        self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor] | None:
-        """What `predict` and ``compute_metrics`` get of a batch of P items: tensors (P, ...) by name, and as label
-        ids a tensor (P, ...). None: nothing.
-        """
-        return None
-
     @abstractmethod
     def card_text(self) -> CardText:
         """What the model card says of the method."""
-
-    def prepared(self, dataset: Any, name: str) -> Any:
-        """`prepare_dataset`, by the main process first. None, and the name of an evaluation dataset, stay."""
-        if dataset is None or isinstance(dataset, str):
-            return dataset
-        with PartialState().main_process_first():
-            return self.prepare_dataset(dataset, name)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As in the base class; ``eval_dataset`` may be raw rows."""
-        return super().get_eval_dataloader(self.prepared(eval_dataset, "eval"))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """As in the base class; ``test_dataset`` may be raw rows."""
-        return super().get_test_dataloader(self.prepared(test_dataset, "test"))
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        # In the dataset's order: grouped by length, predictions would come in another.
-        return None
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = list(self.token_columns)
@@ -192,6 +160,8 @@ class HeadTrainer(Trainer, ABC):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
         self._num_tokens = None  # a checkpoint may know
+        if self.args.loss_impl == "fused" and self.model is self.model_wrapped:
+            attach_head(self.model)  # again, where something has replaced the model's forward since
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(
@@ -245,6 +215,10 @@ class HeadTrainer(Trainer, ABC):
             loss = loss * shares[0].to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _is_training(self) -> bool:
+        return self.model is not None and self.model.training
+
     def run_in_head(self, model: nn.Module, batch: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:
         """What ``call`` returns for the model's hidden states of ``batch``, and ``aux_loss`` of a router."""
         return run_in_head(model, self._model_inputs(batch), call)
@@ -259,58 +233,6 @@ class HeadTrainer(Trainer, ABC):
             config = unwrap_peft(self.accelerator.unwrap_model(model)).config.get_text_config()
             result["aux_loss"] = config.router_aux_loss_coef * outputs.aux_loss
         return result
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Any, Any]:
-        """The loss of an evaluation batch, and its `predictions`; of what the sampler repeats, nothing counts."""
-        inputs = self._prepare_inputs(inputs)
-        num_items = inputs["labels"].shape[0] // self.rows_per_item
-        num_own = own_items(self.accelerator.gradient_state, num_items, self.accelerator.process_index)
-        if 0 < num_own < num_items:
-            inputs = first_items(inputs, num_own, self.rows_per_item)
-        averages = self._eval_averages
-        if num_own == 0:
-            # The model runs all the same: other processes may wait for its shards.
-            self._eval_averages = Averages()
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        finally:
-            discarded, self._eval_averages = self._eval_averages, averages
-        if num_own == 0:
-            averages.add_nothing_of(discarded)
-        told = None if prediction_loss_only else self.predictions(outputs, inputs)
-        predictions, label_ids = (None, None) if told is None else (filled_up(x, num_items) for x in told)
-        return loss.detach(), predictions, label_ids
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in the base class, with what `record` logs under ``metric_key_prefix``."""
-        self._eval_averages = Averages()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        metrics = self.finish(self._eval_averages.flush(self._sum_over_processes))
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
-
-    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The averages of an evaluation, with what follows from them."""
-        if "num_new_tokens" in metrics:
-            metrics["num_tokens"] = metrics.pop("num_new_tokens")
-        return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the averages since the last report to a report of training."""
@@ -359,9 +281,6 @@ class HeadTrainer(Trainer, ABC):
             language=language,
             license=license,
         ).save(folder / "README.md")
-
-    def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, reduction="sum")
 
     def _model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name not in self.loss_inputs}

@@ -4,12 +4,13 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from slime_fused.losses import SlimeLossConfig
+from slime_fused.trainer.config_checks import check_choices, check_devices, check_reports, liger_without_its_head
 
 _CHOICES = {"loss_impl": ("fused", "naive"), "truncation": ("keep_start", "keep_end", "drop")}
 
@@ -18,11 +19,19 @@ _CHOICES = {"loss_impl": ("fused", "naive"), "truncation": ("keep_start", "keep_
 class HeadConfig(TrainingArguments):
     """What every trainer on `HeadTrainer` takes, whatever its loss. Raises ValueError for what cannot work."""
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    full_learning_rate: ClassVar[float] = 1e-6
+    """The default where all weights are trained."""
+    adapter_learning_rate: ClassVar[float] = 1e-4
+    """The default for an adapter, of which 1e-6 makes next to nothing."""
+
+    # None stands for "not chosen" here and below, which the base class does not need to tell apart.
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Initial learning rate of AdamW. Unset: 1e-6, or 1e-4 for an adapter (LoRA)."},
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many optimizer steps; below 1, that share of all steps."}
     )
-    # None stands for "not chosen", which the base class does not need to tell apart.
     gradient_checkpointing: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -99,7 +108,14 @@ class HeadConfig(TrainingArguments):
             raise ValueError(
                 f"max_length: expected at least 2 (a prompt and a response token), got {self.max_length}"
             )
+        check_choices(self)
         super().__post_init__()
+        check_devices(self)
+        check_reports(list(self.report_to or ()))
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, as each epoch would tell
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_without_its_head(self.liger_kernel_config)
 
     def _resolve_checkpointing(self) -> None:
         """On by default, under the name this release of `transformers` uses (``activation_...`` since 5.x)."""
@@ -117,6 +133,12 @@ class HeadConfig(TrainingArguments):
         """``model_init_kwargs`` as a dictionary."""
         return dict(self.model_init_kwargs) if isinstance(self.model_init_kwargs, dict) else {}
 
+    def resolved_learning_rate(self, *, is_adapter: bool) -> float:
+        """``learning_rate``, or the default where it is not set."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return self.adapter_learning_rate if is_adapter else self.full_learning_rate
+
     def workspace_limit(self) -> int | str:
         """``workspace`` in the form the loss takes: a number of bytes, or text."""
         return int(self.workspace) if str(self.workspace).isdigit() else self.workspace
@@ -133,6 +155,14 @@ class PreferenceConfig(HeadConfig):
         default=True,
         metadata={"help": "Log entropy and mean_token_accuracy of the responses (not with loss_impl='naive')."},
     )
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}: it smooths a "
+                "cross-entropy. Losses of pairs that know a smoothing take it themselves: DPO(label_smoothing=...)"
+            )
+        super().__post_init__()
 
 
 @dataclass

@@ -61,7 +61,7 @@ class PreferenceTrainer(HeadTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: PreferenceConfig | None = None,
         loss: Formula | Callable[..., Any] | None = None,
         **kwargs: Any,
@@ -150,7 +150,7 @@ class PreferenceTrainer(HeadTrainer):
         """See `HeadTrainer.record` and `slime_fused.trainer.pair_metrics`."""
         counts = PairCounts.of(batch["labels"])
         means = unit_means(self.loss, outputs)
-        if self._token_mean is not None and not self.model.training:
+        if self._token_mean is not None and not self._is_training:
             # While training its weight has the micro-batch's share in it; here it is a mean over tokens.
             name = logged_term(self.loss, self._token_mean.term)
             tokens = counts.chosen if self._token_mean.side == "chosen" else counts.rejected

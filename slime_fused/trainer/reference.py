@@ -65,11 +65,22 @@ def as_reference(model: Any, adapted: Any) -> Iterator[None]:
     was_training = model.training
     without_adapter = adapted.disable_adapter() if hasattr(adapted, "peft_config") else contextlib.nullcontext()
     model.eval()
+    _reshard(model)
     try:
         with torch.no_grad(), without_adapter:
             yield
+            _reshard(model)
     finally:
         model.train(was_training)
+
+
+def _reshard(model: Any) -> None:
+    """Switching an adapter off and on switches ``requires_grad`` of its weights. Of an FSDP2 unit that is gathered
+    these are copies, and the real ones would keep what they had: no gradient from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
 
 
 def adapter_changes(model: Any) -> bool:

@@ -44,6 +44,11 @@ class ReferencePass:
         trainer = self._trainer
         if not self.is_needed:
             return
+        if trainer.model_init is not None:
+            raise ValueError(
+                f"model_init: {trainer.loss.name} needs a reference, which is the policy before training, and each "
+                "training would begin with another; give a model"
+            )
         if not self._has_adapter:
             for dataset in _all_of(trainer.train_dataset, trainer.eval_dataset):
                 if isinstance(dataset, IterableDataset):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from slime_fused.losses import Slime
 from slime_fused.trainer.base import AnyDataset
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.preference import PreferenceTrainer
@@ -38,6 +39,9 @@ class SlimeTrainer(PreferenceTrainer):
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
         peft_config: wraps the model in this adapter.
+        kwargs: the other arguments of `transformers.Trainer`, but for ``compute_loss_func``. ``compute_metrics``
+            gets what `predictions` says, one of each per pair in the order of the dataset, as `predict` gives it;
+            ``model_init`` may stand in the place of ``model``.
 
     Raises:
         TypeError, ValueError: for a model whose head cannot be used, an unusable dataset, or a setting that splits
@@ -52,7 +56,7 @@ class SlimeTrainer(PreferenceTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: SlimeConfig | None = None,
         data_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
         train_dataset: AnyDataset | None = None,
@@ -67,7 +71,7 @@ class SlimeTrainer(PreferenceTrainer):
         super().__init__(
             model,
             args,
-            args.loss_config(),
+            args.loss_config() if isinstance(args, SlimeConfig) else Slime(),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from slime_fused.trainer import SlimeConfig, SlimeTrainer
+from slime_fused.losses import DPO, Slime
+from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
 from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
@@ -121,9 +122,9 @@ def train(layout: str, kind: str, precision: str, loss: str, folder: Path) -> di
         functools.partial(shard_by_hand, layout) if by_hand else prepare_by_accelerate
     )
     tokenizer = make_tokenizer()
-    trainer = SlimeTrainer(
+    trainer = PreferenceTrainer(
         make_model(kind, len(tokenizer)),
-        SlimeConfig(
+        PreferenceConfig(
             output_dir=str(folder),
             per_device_train_batch_size=1 if sharding else 2,
             gradient_accumulation_steps=2,
@@ -134,7 +135,7 @@ def train(layout: str, kind: str, precision: str, loss: str, folder: Path) -> di
             lr_scheduler_type="constant",
             logging_steps=1,
             save_strategy="no",
-            loss_impl=loss,
+            loss_impl="naive" if loss == "naive" else "fused",
             bf16=precision == "bf16",
             disable_tqdm=True,
             use_cpu=True,
@@ -144,6 +145,7 @@ def train(layout: str, kind: str, precision: str, loss: str, folder: Path) -> di
                 else {}
             ),
         ),
+        DPO() if loss == "DPO" else Slime(),
         train_dataset=make_pairs(8),
         processing_class=tokenizer,
     )

@@ -40,11 +40,18 @@ def train(folder: Path, processes: int, cases: list[tuple[str, ...]]) -> dict:
     return dict(zip(cases, results, strict=True))
 
 
+WITH_A_REFERENCE = [("FSDP1", "full"), ("FSDP2", "full"), ("FSDP2", "LoRA head")]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     one = train(folder / "one", 1, [("one process", kind, "float32", "fused") for kind in KINDS])
+    one |= train(
+        folder / "one, DPO", 1, [("one process", kind, "float32", "DPO") for kind in ("full", "LoRA head")]
+    )
     two = [(*case, "float32", "fused") for case in EXACT]
+    two += [(*case, "float32", "DPO") for case in WITH_A_REFERENCE]
     two += [(*case, "bf16", loss) for case in ROUNDED for loss in ("fused", "naive")]
     return one | train(folder / "two", 2, two)
 
@@ -61,7 +68,7 @@ def assert_same(result, expected, rtol: float) -> None:
         assert error <= rtol * size, f"{name}: off by {error:.3g} of {size:.3g}"
     assert moved
     for report, wanted in zip(result["reports"], expected["reports"], strict=True):
-        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", "slime/stabilizer"):
+        for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected", *wanted.keys() & {"slime/stabilizer"}):
             assert report[name] == pytest.approx(wanted[name], rel=rtol), name
     assert result["eval"]["eval_loss"] == pytest.approx(expected["eval"]["eval_loss"], rel=rtol)
 
@@ -69,6 +76,15 @@ def assert_same(result, expected, rtol: float) -> None:
 @pytest.mark.parametrize(("layout", "kind"), EXACT)
 def test_two_processes_step_as_one(results, layout, kind):
     assert_same(results[layout, kind, "float32", "fused"], results["one process", kind, "float32", "fused"], 2e-4)
+
+
+@pytest.mark.parametrize(("layout", "kind"), WITH_A_REFERENCE)
+def test_the_reference_of_a_sharded_model(results, layout, kind):
+    """It runs once the model is sharded, before the first step."""
+    got, expected = results[layout, kind, "float32", "DPO"], results["one process", kind, "float32", "DPO"]
+    assert_same(got, expected, 2e-4)
+    assert got["reports"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert abs(got["reports"][1]["rewards/margins"]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", [kind for layout, kind in EXACT if layout == "FSDP2"])
