@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 import slime_fused
 from slime_fused.trainer.config import HeadConfig
-from slime_fused.trainer.formats import parse_pair
-from slime_fused.trainer.tokenization import tokenize_pair, truncate_pair
+from slime_fused.trainer.formats import TOKENISED, is_empty, is_tokenised, parse_pair, token_ids
+from slime_fused.trainer.tokenization import RULES, TokenizedResponse, tokenize_pair, truncate_pair
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +25,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Maps one row to `TOKEN_COLUMNS` and a ``verdict``: "" to keep it, else why it is dropped."""
+    """Maps one row to `TOKEN_COLUMNS`, a ``verdict`` ("" to keep it, else why it is dropped) and ``is_cut``."""
 
     tokenizer: PreTrainedTokenizerBase
     args: HeadConfig
@@ -33,16 +33,16 @@ class PairTokenizer:
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no preference pair."""
-        pair = parse_pair(row, f"row {index} of the {self.name} dataset")
-        chosen, rejected, is_prefix = tokenize_pair(pair, self.tokenizer)
-        verdict = "" if is_prefix else "shifted"
-        if not (pair.chosen and pair.rejected) or min(chosen.num_targets, rejected.num_targets) < 1:
+        chosen, rejected, verdict = self._tokens(row, f"row {index} of the {self.name} dataset")
+        is_cut = False
+        if verdict == "empty" or min(chosen.num_targets, rejected.num_targets) < 1:
             verdict = "empty"
         else:
             fitted = truncate_pair(chosen, rejected, self.args.max_length, self.args.truncation)
             if fitted is None:
                 verdict = "long"
             else:
+                is_cut = fitted != (chosen, rejected)
                 chosen, rejected = fitted
                 if min(chosen.num_targets, rejected.num_targets) < 1:
                     verdict = "cut"
@@ -52,7 +52,19 @@ class PairTokenizer:
             "rejected_ids": rejected.ids,
             "rejected_prompt_length": rejected.prompt_length,
             "verdict": verdict,
+            "is_cut": is_cut,
         }
+
+    def _tokens(self, row: Mapping[str, Any], where: str) -> tuple[TokenizedResponse, TokenizedResponse, str]:
+        if is_tokenised(row):
+            prompt, *responses = (token_ids(row[name], name, where) for name in TOKENISED)
+            chosen, rejected = (TokenizedResponse(prompt + response, len(prompt)) for response in responses)
+            return chosen, rejected, ""
+        pair = parse_pair(row, where)
+        chosen, rejected, is_prefix = tokenize_pair(pair, self.tokenizer)
+        # Of an empty chat response the tokens that end a turn are left, which nobody wants to train on.
+        is_pair = not (is_empty(pair.chosen) or is_empty(pair.rejected))
+        return chosen, rejected, "" if is_pair and is_prefix else "shifted" if is_pair else "empty"
 
 
 _REASONS = {
@@ -86,7 +98,7 @@ def prepare_dataset(
     function = PairTokenizer(tokenizer, args, name)
     if isinstance(dataset, IterableDataset):
         # A stream need not know its columns before it runs, so the unwanted ones go last.
-        return dataset.map(function, with_indices=True).filter(_is_kept).select_columns(list(TOKEN_COLUMNS))
+        return dataset.map(function, with_indices=True).filter(is_kept).select_columns(list(TOKEN_COLUMNS))
     if len(dataset) == 0:
         raise ValueError(f"{name}_dataset: expected at least one pair, got an empty dataset")
     tokens = dataset.map(
@@ -96,29 +108,38 @@ def prepare_dataset(
         num_proc=args.dataset_num_proc,
         desc=f"Tokenising the {name} pairs",
     )
-    verdicts = Counter(tokens["verdict"])
-    kept = tokens.filter(_is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} pairs")
-    _report(verdicts, len(kept), name, args.max_length)
-    return kept.remove_columns("verdict")
+    kept = tokens.filter(is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} pairs")
+    report(Counter(tokens["verdict"]), sum(kept["is_cut"]), name, args, "pairs")
+    return kept.remove_columns(["verdict", "is_cut"])
 
 
-def _is_kept(row: Mapping[str, Any]) -> bool:
+def is_kept(row: Mapping[str, Any]) -> bool:
+    """Whether the verdict of a row lets it stay."""
     return row["verdict"] in ("", "shifted")
 
 
-def _report(verdicts: Counter[str], num_kept: int, name: str, max_length: int | None) -> None:
+def report(verdicts: Counter[str], num_cut: int, name: str, args: HeadConfig, rows: str) -> None:
+    """Log what was dropped and what was cut, of how many and why. Raises ValueError where nothing is left."""
     total = sum(verdicts.values())
     dropped = {
-        reason.format(max_length=max_length): verdicts[key] for key, reason in _REASONS.items() if verdicts[key]
+        reason.format(max_length=args.max_length): verdicts[key]
+        for key, reason in _REASONS.items()
+        if verdicts[key]
     }
     detail = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
-    if num_kept == 0:
-        raise ValueError(f"{name}_dataset: none of its {total} pairs can be used: {detail}")
+    num_dropped = sum(dropped.values())
+    if num_dropped == total:
+        raise ValueError(f"{name}_dataset: none of its {total} {rows} can be used: {detail}")
     if dropped:
-        logger.warning(f"{name} dataset: dropped {total - num_kept} of {total} pairs: {detail}")
+        logger.warning(f"{name} dataset: dropped {num_dropped} of {total} {rows}: {detail}")
+    if num_cut:
+        logger.warning(
+            f"{name} dataset: cut {num_cut} of {total} {rows} to max_length={args.max_length}: "
+            f"{RULES[args.truncation]} (truncation={args.truncation!r})"
+        )
     if verdicts["shifted"]:
         logger.warning(
-            f"{name} dataset: in {verdicts['shifted']} of {total} pairs the prompt's tokens change when a response "
+            f"{name} dataset: in {verdicts['shifted']} of {total} {rows} the prompt's tokens change when a response "
             "follows them; the response then begins at the first token that differs"
         )
 

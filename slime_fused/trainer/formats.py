@@ -7,6 +7,8 @@ Accepted rows::
     {"chosen": str | messages, "rejected": str | messages}               the prompt is their common beginning
     {"prompt": str, "chosen": messages, "rejected": messages}            as above; a prompt they do not repeat
                                                                          becomes a user message
+    {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}          token ids, the responses without the prompt,
+                                                                         as TRL makes them
 
 Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template.
 """
@@ -18,6 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Messages = list[dict[str, Any]]
+
+TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Columns of a pair that is tokenised already."""
 
 EXPECTED = "'chosen' and 'rejected', and usually 'prompt', each a text or a list of {role, content} messages"
 
@@ -49,10 +54,10 @@ def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
     """
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
-            raise PreferenceFormatError(f"{where}: expected {EXPECTED}; got {_describe_keys(row)}")
+            raise PreferenceFormatError(f"{where}: expected {EXPECTED}; got {describe_columns(row)}")
     prompt = row.get("prompt")
-    prompt = None if prompt is None else _checked(prompt, "prompt", where)
-    chosen, rejected = (_checked(row[name], name, where) for name in ("chosen", "rejected"))
+    prompt = None if prompt is None else checked_content(prompt, "prompt", where)
+    chosen, rejected = (checked_content(row[name], name, where) for name in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise PreferenceFormatError(f"{where}: 'chosen' and 'rejected' must both be texts or both be messages")
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -65,18 +70,60 @@ def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
     assert not isinstance(rejected, str)
     if not isinstance(prompt, list):
         prompt, chosen, rejected = _split_messages(prompt, chosen, rejected, where)
+    return PreferencePair(prompt, chosen, rejected, template_kwargs(row))
+
+
+def pair_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``row`` in its common form, as columns of a dataset: those of `parse_pair`, or `TOKENISED`.
+
+    Some rows may repeat the prompt as a text or leave it out, and one column holds one type. Raises as `parse_pair`.
+    """
+    if is_tokenised(row):
+        return {name: token_ids(row[name], name, where) for name in TOKENISED}
+    pair = parse_pair(row, where)
+    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} | template_columns(row)
+
+
+def is_tokenised(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds token ids in place of texts."""
+    return all(row.get(name) is not None for name in TOKENISED)
+
+
+def token_ids(value: Any, name: str, where: str) -> list[int]:
+    """``value``, which has to be a list of token ids."""
+    if not isinstance(value, (list, tuple)) or not all(type(item) is int and item >= 0 for item in value):
+        raise PreferenceFormatError(f"{where}: {name!r} must be a list of token ids, got {value!r:.80}")
+    return list(value)
+
+
+def template_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that go to the chat template, where a row has them."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+
+
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the chat template that a row brings."""
     kwargs = dict(row.get("chat_template_kwargs") or {})
     if row.get("tools"):
         kwargs["tools"] = row["tools"]
-    return PreferencePair(prompt, chosen, rejected, kwargs)
+    return kwargs
 
 
-def _describe_keys(row: Mapping[str, Any]) -> str:
+def is_empty(response: str | Messages) -> bool:
+    """Whether a response says nothing: no text, or messages with nothing in them but their role."""
+    if isinstance(response, str):
+        return not response
+    return not any(value for message in response for name, value in message.items() if name != "role")
+
+
+def describe_columns(row: Mapping[str, Any]) -> str:
+    """What a row holds, for errors."""
     present = [name for name, value in row.items() if value is not None]
     return f"columns {sorted(present)}" if present else "no columns"
 
 
-def _checked(value: Any, name: str, where: str) -> str | Messages:
+def checked_content(value: Any, name: str, where: str) -> str | Messages:
+    """``value``, which has to be a text or a list of messages; one message becomes a list."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -94,12 +141,13 @@ def _checked(value: Any, name: str, where: str) -> str | Messages:
     return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
 
 
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Of how many items the common beginning of two sequences consists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    size = _common_length(chosen, rejected)
+    size = common_length(chosen, rejected)
     if chosen == rejected:
         raise PreferenceFormatError(f"{where}: without a 'prompt', 'chosen' and 'rejected' must differ")
     # Most tokenizers glue a space to the word that follows it, so it belongs to the responses.
@@ -111,7 +159,7 @@ def _split_texts(chosen: str, rejected: str, where: str) -> tuple[str, str, str]
 def _split_messages(
     prompt: str | None, chosen: Messages, rejected: Messages, where: str
 ) -> tuple[Messages, Messages, Messages]:
-    size = _common_length(chosen, rejected)
+    size = common_length(chosen, rejected)
     if size == len(chosen) == len(rejected):
         raise PreferenceFormatError(f"{where}: 'chosen' and 'rejected' hold the same messages; they must differ")
     if size == 0:

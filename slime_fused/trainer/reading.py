@@ -1,93 +1,104 @@
-"""Preference pairs from files: JSON lines, JSON, Parquet, or a folder written by `datasets`."""
+"""Where rows come from: a file, a folder, or a data set of the hub; one split of it, and a part of that."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import math
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from slime_fused.trainer.formats import EXPECTED, PreferenceFormatError, parse_pair
+from slime_fused.trainer.files import KINDS, Columns, kind_of, read_file
+from slime_fused.trainer.formats import pair_columns
 
-_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+def read_pairs(source: str | Path) -> Dataset:
+    """The preference pairs of `load_rows`."""
+    return load_rows(str(source), pair_columns)
 
 
-def read_pairs(path: str | Path) -> Dataset:
-    """The pairs in a ``.jsonl``, ``.json`` or ``.parquet`` file or a `Dataset.save_to_disk` folder.
+def load_rows(
+    source: str,
+    columns: Columns,
+    *,
+    config: str | None = None,
+    split: str | None = None,
+    preferred: str = "train",
+    option: str = "dataset",
+) -> Dataset:
+    """The rows of ``source``: a file (`read_file`), a folder, or the name of a data set of the hub.
 
-    Every row of a JSON file is checked as it is read. Raises FileNotFoundError, and PreferenceFormatError that
-    names the line for text that is no JSON, rows that are no pair, and an empty file.
+    A folder is one that `datasets` has saved, or holds files that it can load. ``split`` names one of several
+    splits; without it the only one is taken, or the one called ``preferred``. ``config`` is the configuration of a
+    data set that has several. ``option`` is what errors call it all.
+
+    Raises FileNotFoundError for a path that does not exist; ValueError for what cannot be loaded, an unknown split,
+    and a split or configuration of a file.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"dataset: no such file or folder: {path}")
-    if path.is_dir():
-        return _read_folder(path)
-    if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
-    if path.suffix == ".json":
-        return _checked_rows(_json_rows(path), path, "row")
-    if path.suffix == ".jsonl":
-        return _checked_rows(_json_lines(path), path, "line")
-    raise ValueError(f"dataset: expected a .jsonl, .json or .parquet file or a datasets folder, got {path}")
-
-
-def _read_folder(path: Path) -> Dataset:
+    path = Path(source).expanduser()
+    if path.is_file() or (not path.is_dir() and _is_meant_as_path(source)):
+        for name, value in (("split", split), ("config", config)):
+            if value is not None:
+                raise ValueError(f"{option}_{name}: a file has none; got {value!r} for {path}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{option}: no such file or folder: {path}")
+        return read_file(path, columns)
     try:
-        loaded = load_from_disk(str(path))
-    except (FileNotFoundError, OSError) as error:
-        raise ValueError(f"dataset: {path} is no folder written by Dataset.save_to_disk: {error}") from error
-    if not isinstance(loaded, Dataset):
-        raise ValueError(f"dataset: {path} holds the splits {sorted(loaded)}; name one of its subfolders")
-    return loaded
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded: Any = load_from_disk(str(path))
+        else:
+            loaded = load_dataset(str(path) if path.is_dir() else source, config)
+    # The libraries below raise errors of their own, of the network's and of many formats.
+    except Exception as error:
+        where = f"the folder {path}" if path.is_dir() else f"{source!r} (no file or folder here, so the hub's)"
+        raise ValueError(f"{option}: cannot load {where}: {type(error).__name__}: {error}") from error
+    return _split_of(loaded, split, preferred, f"{option}_split", source)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise PreferenceFormatError(f"line {number} of {path}: not valid JSON: {error}") from None
+def _is_meant_as_path(source: str) -> bool:
+    return source.startswith((".", "~", "/")) or source.count("/") > 1 or kind_of(Path(source)) in KINDS
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise PreferenceFormatError(
-            f"{path}: not valid JSON: {error}; one object per line goes into .jsonl"
-        ) from None
-    if not isinstance(rows, list):
-        raise PreferenceFormatError(f"{path}: expected a list of pairs, got {type(rows).__name__}")
-    yield from enumerate(rows)
+def _split_of(loaded: Any, split: str | None, preferred: str, option: str, source: str) -> Dataset:
+    if isinstance(loaded, Dataset):
+        if split is not None:
+            raise ValueError(f"{option}: {source} has no splits, got {split!r}")
+        return loaded
+    assert isinstance(loaded, DatasetDict)
+    names = sorted(str(name) for name in loaded)
+    if split is None and len(names) == 1:
+        return loaded[names[0]]
+    wanted = preferred if split is None else split
+    if wanted not in names:
+        raise ValueError(f"{option}: expected one of the splits {names} of {source}, got {split!r}")
+    return loaded[wanted]
 
 
-def _checked_rows(rows: Iterable[tuple[int, Any]], path: Path, unit: str) -> Dataset:
-    kept: list[dict[str, Any]] = []
-    first_is_chat = False
-    for number, row in rows:
-        where = f"{unit} {number} of {path}"
-        if not isinstance(row, dict):
-            raise PreferenceFormatError(f"{where}: expected an object with {EXPECTED}; got {row!r:.60}")
-        pair = parse_pair(row, where)
-        if not kept:
-            first_is_chat = pair.is_chat
-        elif pair.is_chat != first_is_chat:
-            kinds = ("texts", "messages")
-            raise PreferenceFormatError(
-                f"{where}: holds {kinds[pair.is_chat]}, but the first row holds {kinds[first_is_chat]}; "
-                "a file holds one kind"
-            )
-        # Some rows may repeat the prompt as a text or leave it out; one column holds one type.
-        kept.append(
-            {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            | {name: row[name] for name in _COLUMNS[3:] if row.get(name)}
-        )
-    if not kept:
-        raise PreferenceFormatError(f"{path}: expected at least one pair, got an empty file")
-    columns = [name for name in _COLUMNS if any(name in row for row in kept)]
-    return Dataset.from_dict({name: [row.get(name) for row in kept] for name in columns})
+def take_slice(dataset: Dataset, text: str, seed: int, option: str = "dataset_slice") -> Dataset:
+    """Rows ``START:STOP`` of ``dataset`` in the order that ``seed`` shuffles it to.
+
+    Both ends are rows ("100:") or shares ("66%:100%", rounded up), and may be left out. Slices that meet hold
+    every row once. Raises ValueError for another text, and for a slice without rows.
+    """
+    pattern = r"\s*(?:(\d+(?:\.\d+)?)(%?))?\s*"
+    match = re.fullmatch(f"{pattern}:{pattern}", text)
+    expected = f"{option}: expected START:STOP in rows or percent, such as 0:66%, got {text!r}"
+    if match is None:
+        raise ValueError(expected)
+    size = len(dataset)
+    ends = []
+    for number, percent, missing in ((match[1], match[2], 0), (match[3], match[4], size)):
+        if number is None:
+            ends.append(missing)
+        elif percent:
+            ends.append(math.ceil(Fraction(number) * size / 100))
+        elif "." in number:
+            raise ValueError(f"{expected}; a row has no fraction")
+        else:
+            ends.append(int(number))
+    start, stop = ends[0], min(ends[1], size)
+    if stop <= start:
+        raise ValueError(f"{expected}, of which {size} rows leave none")
+    return dataset.shuffle(seed=seed).select(range(start, stop))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from slime_fused.trainer.formats import Messages, PreferencePair
+from slime_fused.trainer.formats import Messages, PreferencePair, common_length
 
 Truncation = Literal["keep_start", "keep_end", "drop"]
+RULES = {
+    "keep_start": "the end of the response gives way",
+    "keep_end": "the start of the prompt gives way, then the end of the response",
+    "drop": "the row gives way",
+}
+"""What each `Truncation` does to a row that is too long."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,12 @@ def tokenize_pair(
     response begins where the ids leave those of the prompt alone. A text ends with one EOS; a chat ends as its
     template ends it.
     """
-    prompt_ids = _prompt_ids(pair, tokenizer)
-    chosen = _respond(pair, pair.chosen, prompt_ids, tokenizer)
-    rejected = _respond(pair, pair.rejected, prompt_ids, tokenizer)
-    is_prefix = min(chosen.prompt_length, rejected.prompt_length) >= len(prompt_ids)
+    ids = prompt_ids(pair.prompt, tokenizer, pair.template_kwargs)
+    chosen, rejected = (
+        respond(pair.prompt, response, ids, tokenizer, pair.template_kwargs)
+        for response in (pair.chosen, pair.rejected)
+    )
+    is_prefix = min(chosen.prompt_length, rejected.prompt_length) >= len(ids)
     return chosen, rejected, is_prefix
 
 
@@ -65,43 +74,48 @@ def truncate_pair(
     return cut[0], cut[1]
 
 
-def _prompt_ids(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(pair.prompt, str):
-        ids = list(tokenizer(pair.prompt)["input_ids"])
+def prompt_ids(
+    prompt: str | Messages, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> list[int]:
+    """The tokens of a prompt alone, up to where a response begins."""
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
         # A tokenizer that ends every text would put an EOS between the prompt and the response.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-    continues = pair.prompt[-1]["role"] == "assistant"
-    return _apply_template(
-        tokenizer, pair.prompt, pair, add_generation_prompt=not continues, continue_final_message=continues
+    continues = prompt[-1]["role"] == "assistant"
+    return apply_template(
+        tokenizer, prompt, template_kwargs, add_generation_prompt=not continues, continue_final_message=continues
     )
 
 
-def _respond(
-    pair: PreferencePair, response: str | Messages, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase
+def respond(
+    prompt: str | Messages,
+    response: str | Messages,
+    ids_of_prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
 ) -> TokenizedResponse:
+    """Prompt and response in one sequence; ``ids_of_prompt`` are those of `prompt_ids`."""
     if isinstance(response, str):
-        assert isinstance(pair.prompt, str)
-        ids = list(tokenizer(pair.prompt + response)["input_ids"])
+        assert isinstance(prompt, str)
+        ids = list(tokenizer(prompt + response)["input_ids"])
         if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
             ids.append(tokenizer.eos_token_id)
     else:
-        assert not isinstance(pair.prompt, str)
-        ids = _apply_template(tokenizer, [*pair.prompt, *response], pair)
-    return TokenizedResponse(ids, _common_length(prompt_ids, ids))
+        assert not isinstance(prompt, str)
+        ids = apply_template(tokenizer, [*prompt, *response], template_kwargs)
+    return TokenizedResponse(ids, common_length(ids_of_prompt, ids))
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, pair: PreferencePair, **options: Any
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, template_kwargs: Mapping[str, Any], **options: Any
 ) -> list[int]:
+    """The tokens of a chat. Raises ValueError for a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "processing_class: the dataset holds chat messages, but the tokenizer has no chat template; "
             "set tokenizer.chat_template or use a tokenizer of an instruct model"
         )
     return list(
-        tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options, **pair.template_kwargs)
+        tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options, **template_kwargs)
     )
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

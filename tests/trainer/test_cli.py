@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slime_fused.trainer.arguments import parse_arguments
 from slime_fused.trainer.cli import main
-from slime_fused.trainer.reading import read_pairs
 from tests.tiny_models import make_pairs, tiny_llama
 
 
@@ -178,7 +177,7 @@ def test_unusable_yaml(text, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "pairs.jsonl: expected at least one pair, got an empty file"),
+        ("", "pairs.jsonl: expected at least one row, got an empty file"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"\n', "line 2 of"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a", "yes": "b"}\n', "line 3 of"),
         ("[1, 2]\n", "line 1 of"),
@@ -206,16 +205,6 @@ def test_evaluation_without_pairs_is_refused(folder, capsys):
     base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), "--use_cpu"]
     assert main([*base, "--eval_strategy", "steps"]) == 2
     assert "eval_strategy=steps needs --eval_dataset or --eval_share" in capsys.readouterr().err
-
-
-def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
-    rows = make_pairs(4)
-    expected = read_pairs(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    expected.to_parquet(tmp_path / "pairs.parquet")
-    expected.save_to_disk(tmp_path / "pairs")
-    for name in ("pairs.json", "pairs.parquet", "pairs"):
-        assert read_pairs(tmp_path / name).to_list() == rows
 
 
 def test_help_names_every_setting_of_the_loss(capsys):

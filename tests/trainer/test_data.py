@@ -144,6 +144,56 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, make_args, caplog, mon
         prepare_dataset(rows[1:], tokenizer, make_args(max_length=12), "train")
 
 
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_cut_rows_are_counted_with_the_rule(tokenizer, make_args, monkeypatch, truncation):
+    from slime_fused.trainer import data
+
+    warnings: list[str] = []
+    monkeypatch.setattr(data.logger, "warning", warnings.append)
+    rows = [{"prompt": "the cat", "chosen": " sat" * count, "rejected": " ran"} for count in (1, 20, 30)]
+    kept = prepare_dataset(rows, tokenizer, make_args(max_length=12, truncation=truncation), "train")
+    assert [len(ids) for ids in kept["chosen_ids"]] == [len(kept[0]["chosen_ids"]), 12, 12]
+    assert set(kept.column_names) == set(data.TOKEN_COLUMNS)
+    (warning,) = warnings
+    rule = {"keep_start": "the end of the response gives way", "keep_end": "the start of the prompt gives way"}
+    assert warning.startswith(f"train dataset: cut 2 of 3 pairs to max_length=12: {rule[truncation]}")
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_an_empty_chat_response_is_dropped(tokenizer, make_args, content):
+    """Its template would leave the token that ends a turn as the only target."""
+    full = {"prompt": [user("who")], "chosen": [reply("the cat")], "rejected": [reply("a dog")]}
+    for name in ("chosen", "rejected"):
+        rows = [full, {**full, name: [reply(content)]}]
+        assert len(prepare_dataset(rows, tokenizer, make_args(), "train")) == 1
+
+
+def test_a_response_that_only_calls_a_tool_is_kept(tokenizer, make_args):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    row = {"prompt": [user("who")], "chosen": [call], "rejected": [reply("a dog")]}
+    assert len(prepare_dataset([row], tokenizer, make_args(), "train")) == 1
+
+
+def test_token_ids_as_trl_makes_them(tokenizer, make_args):
+    """Those of TRL's own preparation of the same rows give what ours gives."""
+    rows = make_pairs(6)
+    ours = prepare_dataset(rows, tokenizer, make_args(max_length=16), "train")
+    tokenised = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        both = [tokenizer(row["prompt"] + row[name] + "<eos>")["input_ids"] for name in ("chosen", "rejected")]
+        assert all(ids[: len(prompt)] == prompt for ids in both)
+        tokenised.append(
+            {"prompt_ids": prompt, "chosen_ids": both[0][len(prompt) :], "rejected_ids": both[1][len(prompt) :]}
+        )
+    theirs = prepare_dataset(tokenised, tokenizer, make_args(max_length=16), "train")
+    assert theirs.to_list() == ours.to_list()
+    with pytest.raises(
+        PreferenceFormatError, match="row 0 of the train dataset: 'chosen_ids' must be a list of token"
+    ):
+        prepare_dataset([{**tokenised[0], "chosen_ids": "text"}], tokenizer, make_args(), "train")
+
+
 def test_a_streaming_dataset_gives_the_same_rows(tokenizer, make_args):
     rows = [*make_pairs(5), {"prompt": "the", "chosen": "", "rejected": " cat"}]
     whole = prepare_dataset(Dataset.from_list(rows), tokenizer, make_args(), "train")
