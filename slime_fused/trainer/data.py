@@ -139,8 +139,8 @@ def report(verdicts: Counter[str], num_cut: int, name: str, args: HeadConfig, ro
         )
     if verdicts["shifted"]:
         logger.warning(
-            f"{name} dataset: in {verdicts['shifted']} of {total} {rows} the prompt's tokens change when a response "
-            "follows them; the response then begins at the first token that differs"
+            f"{name} dataset: in {verdicts['shifted']} of {total} {rows} the prompt's tokens change when a "
+            "response follows them; the response then begins at the first token that differs"
         )
 
 

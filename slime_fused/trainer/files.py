@@ -130,8 +130,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise PreferenceFormatError(f"line 1 of {path}: the column {repeated!r} is there twice")
         for row in reader:
             if None in row:
+                cells = len(names) + len(row[None])
                 raise PreferenceFormatError(
-                    f"line {reader.line_num} of {path}: expected {len(names)} cells, got {len(names) + len(row[None])}"
+                    f"line {reader.line_num} of {path}: expected {len(names)} cells, got {cells}"
                 )
             yield reader.line_num, row
     except csv.Error as error:

@@ -7,8 +7,8 @@ Accepted rows::
     {"chosen": str | messages, "rejected": str | messages}               the prompt is their common beginning
     {"prompt": str, "chosen": messages, "rejected": messages}            as above; a prompt they do not repeat
                                                                          becomes a user message
-    {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}          token ids, the responses without the prompt,
-                                                                         as TRL makes them
+    {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}          token ids as TRL makes them: responses
+                                                                         without the prompt
 
 Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template.
 """
@@ -76,7 +76,8 @@ def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
 def pair_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``row`` in its common form, as columns of a dataset: those of `parse_pair`, or `TOKENISED`.
 
-    Some rows may repeat the prompt as a text or leave it out, and one column holds one type. Raises as `parse_pair`.
+    Some rows may repeat the prompt as a text or leave it out, and one column holds one type.
+    Raises as `parse_pair`.
     """
     if is_tokenised(row):
         return {name: token_ids(row[name], name, where) for name in TOKENISED}
