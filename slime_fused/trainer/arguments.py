@@ -3,38 +3,35 @@
 # Annotations stay unquoted here: the parser reads the types of the fields.
 import dataclasses
 import difflib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
-from slime_fused.trainer.config import SlimeConfig
+from slime_fused.losses import Formula
+from slime_fused.trainer.config import HeadConfig, PreferenceConfig, SlimeConfig
+from slime_fused.trainer.loss_choice import LOSSES, hyperparameters, losses_with
+from slime_fused.trainer.options import Option, UsageError, as_arguments, read_options
+from slime_fused.trainer.sft_config import SftConfig
 
-_COMMON_TEXT = (
-    "--output_dir --per_device_train_batch_size --gradient_accumulation_steps --learning_rate --num_train_epochs "
-    "--max_steps --logging_steps --eval_strategy --eval_steps --save_strategy --save_steps --seed "
-    "--resume_from_checkpoint --report_to --bf16"
-)
-_COMMON = frozenset(_COMMON_TEXT.split())
+STAGES = ("preference", "sft")
 
-EXAMPLE = """\
-example:
-  slime-train --model ./my-model --dataset pairs.jsonl --output_dir out --learning_rate 1e-6 --max_length 1024
-  slime-train --config run.yaml --loss naive
-
-pairs.jsonl holds one pair per line, as text or as chat messages:
-  {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
-
-run.yaml holds the same names without dashes (options on the command line win):
-  model: ./my-model
-  dataset: pairs.jsonl
-  learning_rate: 1e-6
-"""
+_FAMILIAR = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "max_seq_length": "max_length",
+    "dataset_name": "dataset",
+    "dataset_train_split": "dataset_split",
+    "dataset_test_split": "eval_dataset_split",
+    "attn_implementation": "model_init_kwargs",
+    "torch_dtype": "dtype",
+}
+"""What other tools, or habit, call a setting."""
 
 
 @dataclass
@@ -44,11 +41,34 @@ class ScriptArguments:
     model: str = field(
         metadata={"help": "Model folder, .gguf file or hub name.", "aliases": ["--model_name_or_path"]}
     )
-    dataset: str = field(metadata={"help": "Pairs: .jsonl, .json or .parquet file, or a datasets folder."})
+    dataset: str = field(
+        metadata={"help": "Rows: .jsonl, .json, .csv (.gz) or .parquet file, a folder, or a hub name."}
+    )
+    stage: Literal["preference", "sft"] = field(
+        default="preference", metadata={"help": "'preference': pairs and --loss. 'sft': cross-entropy before that."}
+    )
+    loss: Literal["slime", "dpo", "simpo", "orpo", "cpo", "alphapo", "kto"] = field(
+        default="slime", metadata={"help": "Loss of the pairs; its hyperparameters are settings too."}
+    )
     tokenizer: str | None = field(default=None, metadata={"help": "Where the tokenizer is, if not with the model."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Pairs to evaluate on, as for --dataset."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a --dataset that has several."}
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split of a --dataset that has several; unset: train."}
+    )
+    dataset_slice: str | None = field(
+        default=None,
+        metadata={"help": "START:STOP of the rows, shuffled by --slice_seed, in rows or percent, such as 0:66%%."},
+    )
+    slice_seed: int = field(
+        default=0, metadata={"help": "Order for --dataset_slice; the same for slices that must not overlap."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on, as for --dataset."})
+    eval_dataset_config: str | None = field(default=None, metadata={"help": "As --dataset_config."})
+    eval_dataset_split: str | None = field(default=None, metadata={"help": "As --dataset_split; unset: test."})
     eval_share: float = field(
-        default=0.0, metadata={"help": "Without --eval_dataset: share of the pairs held out for evaluation."}
+        default=0.0, metadata={"help": "Without --eval_dataset: share of the rows held out for evaluation."}
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Type the weights are loaded and trained in."}
@@ -69,13 +89,20 @@ class ScriptArguments:
         default=False,
         metadata={"help": "With --use_peft: also save the model with the adapter merged in, in OUTPUT_DIR/merged."},
     )
+    overwrite_checkpoints: bool = field(
+        default=False,
+        metadata={"help": "Delete the checkpoints of an earlier run in OUTPUT_DIR (also --overwrite_output_dir)."},
+    )
 
 
-_KINDS: tuple[Any, ...] = (ScriptArguments, SlimeConfig)
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one run was told."""
 
-
-class UsageError(Exception):
-    """A command line or configuration file that cannot be used; the message is for its author."""
+    script: ScriptArguments
+    config: HeadConfig
+    loss: Formula | None
+    """None for supervised fine-tuning."""
 
 
 class _Parser(HfArgumentParser):
@@ -83,115 +110,135 @@ class _Parser(HfArgumentParser):
         raise UsageError(message)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ScriptArguments, SlimeConfig]:
-    """Settings from ``argv`` (the process's own if None) and the YAML file that ``--config`` names.
+def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from ``argv`` (the process's own if None) and the YAML files that ``--config`` names.
 
-    Prints help and exits for ``--help`` and ``--help_all``. Raises UsageError for unknown or missing names,
-    values of the wrong type, and an unreadable file.
+    Raises UsageError for unknown or missing names, values of the wrong type, settings that have no effect without
+    another, and an unreadable file.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(_KINDS, prog="slime-train", add_help=False, allow_abbrev=False, epilog=EXAMPLE)
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(_short_help(parser))
-        raise SystemExit(0)
-    if {"--help_all", "--help-all"} & set(arguments):
-        parser.print_help()
-        raise SystemExit(0)
-    arguments = _expand_config(arguments)
+    options = [_renamed(option) for option in read_options(sys.argv[1:] if argv is None else argv)]
+    stage, loss = _last(options, "stage", STAGES), _last(options, "loss", tuple(LOSSES))
+    parser = make_parser(stage, loss)
     known = {option for action in parser._actions for option in action.option_strings}
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if name.startswith("--") and name not in known:
-            raise UsageError(f"unknown setting {name}{_suggestion(name, known)}")
+    for option in options:
+        if f"--{option.name}" not in known:
+            raise UsageError(_unknown(option, known, stage, loss))
+    _check_combinations(options, stage)
+    options = _with_evaluation(options)
     try:
-        script, config, spare = parser.parse_args_into_dataclasses(
-            arguments, look_for_args_file=False, return_remaining_strings=True
+        parsed = parser.parse_args_into_dataclasses(
+            as_arguments(options), look_for_args_file=False, return_remaining_strings=True
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
+    *values, spare = parsed
     if spare:
         raise UsageError(f"values that belong to no setting: {spare}; a setting that takes one value got several")
+    script, config, *losses = values
+    _check_values(script, config)
+    if isinstance(config, SlimeConfig):
+        losses = [config.loss_config()]
+    return Settings(script, config, losses[0] if losses else None)
+
+
+def kinds_of(stage: str, loss: str) -> tuple[Any, ...]:
+    """The dataclasses whose fields are the settings of such a run."""
+    if stage == "sft":
+        return (ScriptArguments, SftConfig)
+    return (ScriptArguments, SlimeConfig) if loss == "slime" else (ScriptArguments, PreferenceConfig, LOSSES[loss])
+
+
+def make_parser(stage: str, loss: str) -> HfArgumentParser:
+    """The parser of such a run's settings."""
+    parser = _Parser(kinds_of(stage, loss), prog="slime-train", add_help=False, allow_abbrev=False)
+    texts = hyperparameters(loss) if stage == "preference" else {}
+    for action in parser._actions:
+        if not action.help and action.dest in texts:
+            action.help = texts[action.dest]
+        if action.type is string_to_bool and action.nargs is None:
+            # Its default is None, for which that parser would want a value.
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def _renamed(option: Option) -> Option:
+    """Releases of `transformers` before 5 have a setting of that name, which their trainer does not read."""
+    if option.name == "overwrite_output_dir":
+        return dataclasses.replace(option, name="overwrite_checkpoints")
+    return option
+
+
+def _last(options: Sequence[Option], name: str, choices: Sequence[str]) -> str:
+    """The choice that counts, of a setting that says what the others are."""
+    values = [option.values for option in options if option.name == name]
+    if not values:
+        return choices[0]
+    value = values[-1]
+    if name == "loss" and value in (("fused",), ("naive",)):
+        raise UsageError(f"loss: expected one of {tuple(choices)}; --loss_impl {value[0]} is how it is computed")
+    if len(value) != 1 or value[0] not in choices:
+        raise UsageError(f"{name}: expected one of {tuple(choices)}, got {' '.join(value) or 'nothing'}")
+    return value[0]
+
+
+def _unknown(option: Option, known: set[str], stage: str, loss: str) -> str:
+    prefix = "config: unknown setting" if option.file else "unknown setting"
+    owners = losses_with(option.name)
+    if stage == "sft" and owners:
+        return f"{option}: a hyperparameter of --loss {', '.join(owners)}, which --stage sft does not take"
+    if owners:
+        return f"{option}: a hyperparameter of --loss {', '.join(owners)}; this run's is {loss}"
+    if option.name in {f.name for f in dataclasses.fields(SftConfig)}:
+        return f"{option}: a setting of --stage sft; this run's is {stage}"
+    close = difflib.get_close_matches(f"--{option.name}", sorted(known), n=1)
+    guess = f"--{_FAMILIAR[option.name]}" if option.name in _FAMILIAR else close[0] if close else None
+    return f"{prefix} {option}; " + (f"did you mean {guess}?" if guess else "--help_all lists every setting")
+
+
+def _check_combinations(options: Sequence[Option], stage: str) -> None:
+    """Refuse what was given and would have no effect."""
+    given = {option.name: option for option in options}
+    uses_peft = "use_peft" in given and given["use_peft"].values in ((), ("true",), ("True",), ("1",), ("yes",))
+    if not uses_peft:
+        for name, option in given.items():
+            if name.startswith("lora_"):
+                raise UsageError(f"{option}: expected --use_peft with it; without an adapter it has no effect")
+        if given.get("merge_adapter", Option("", ("false",))).values not in (("false",), ("False",)):
+            raise UsageError(
+                "merge_adapter: expected --use_peft with it; without an adapter there is nothing to merge"
+            )
+    if stage == "sft" and "loss" in given:
+        raise UsageError(f"{given['loss']}: a setting of --stage preference; --stage sft has one loss")
+    for needed, names in (
+        ("eval_dataset", ("eval_dataset_split", "eval_dataset_config")),
+        ("dataset_slice", ("slice_seed",)),
+    ):
+        for name in names:
+            if name in given and needed not in given:
+                raise UsageError(f"{given[name]}: expected --{needed} with it; without one it has no effect")
+    if "eval_share" in given and "eval_dataset" in given:
+        raise UsageError(f"{given['eval_share']}: has no effect beside {given['eval_dataset']}; give one of them")
+
+
+def _with_evaluation(options: list[Option]) -> list[Option]:
+    """Rows to evaluate on are evaluated on: after each epoch, or every ``eval_steps`` if these are given."""
+    given = {option.name for option in options}
+    if not given & {"eval_dataset", "eval_share"} or "eval_strategy" in given:
+        return options
+    return [Option("eval_strategy", ("steps" if "eval_steps" in given else "epoch",)), *options]
+
+
+def _check_values(script: ScriptArguments, config: HeadConfig) -> None:
     if not 0.0 <= script.eval_share < 1.0:
         raise UsageError(f"eval_share: expected a share in [0, 1), got {script.eval_share}")
-    if script.merge_adapter and not script.use_peft:
-        raise UsageError("merge_adapter: expected --use_peft with it; without an adapter there is nothing to merge")
-    return script, config
+    if script.lora_dropout and config.disable_dropout:
+        raise UsageError(
+            f"lora_dropout: {script.lora_dropout} has no effect while disable_dropout is on; "
+            "add --disable_dropout false"
+        )
 
 
-def _expand_config(arguments: list[str]) -> list[str]:
-    """Replace ``--config FILE`` by the file's settings, in front: what comes later wins."""
-    rest: list[str] = []
-    from_files: list[str] = []
-    pending = iter(arguments)
-    for argument in pending:
-        name, equals, value = argument.partition("=")
-        if name != "--config":
-            rest.append(argument)
-            continue
-        path = value if equals else next(pending, None)
-        if path is None:
-            raise UsageError("--config: expected a YAML file")
-        from_files += _options_of(Path(path).expanduser())
-    return from_files + rest
-
-
-def _options_of(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UsageError(f"config: no such file: {path}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"config: {path} is not readable as YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"config: expected 'name: value' lines in {path}, got {type(settings).__name__}")
-    fields = [f for kind in _KINDS for f in dataclasses.fields(kind)]
-    names = {f.name for f in fields} | {
-        alias.lstrip("-") for f in fields for alias in f.metadata.get("aliases", [])
-    }
-    options: list[str] = []
-    for name, value in settings.items():
-        if name not in names:
-            raise UsageError(f"config: unknown setting {name!r} in {path}{_suggestion(str(name), names)}")
-        if value is None:
-            continue
-        options.append(f"--{name}")
-        options += [_as_text(item) for item in value] if isinstance(value, list) else [_as_text(value)]
-    return options
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-
-
-def _suggestion(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help_all lists every setting"
-
-
-def _short_help(parser: HfArgumentParser) -> str:
-    """The settings of this package and the everyday ones of the base class; all of them are over a hundred."""
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-    own = {f.name for kind in _KINDS for f in dataclasses.fields(kind)} - inherited
-    lines = [
-        "usage: slime-train --model MODEL --dataset PAIRS [--config FILE.yaml] [settings]",
-        "",
-        "Trains a language model on preference pairs with the SLIME loss, without a reference model.",
-        "",
-        "settings (--help_all lists every one):",
-        f"  {'--config':<32}YAML file of settings",
-    ]
-    for action in parser._actions:
-        if action.dest in own and action.option_strings[0] == f"--{action.dest}":
-            lines.append(_help_line(action))
-    lines += ["", "of the training loop (--help_all: over a hundred more):"]
-    lines += [_help_line(action) for action in parser._actions if action.option_strings[0] in _COMMON]
-    return "\n".join([*lines, "", EXAMPLE])
-
-
-def _help_line(action: Any) -> str:
-    text = " ".join(str(action.help or "").split())
-    text = text if len(text) <= 90 or action.option_strings[0] not in _COMMON else text[:87] + "..."
-    default = "required" if action.required else f"default: {action.default}"
-    return f"  {action.option_strings[0]:<32}{text} ({default})"
+def full_help(argv: Sequence[str]) -> str:
+    """Every setting of the run that ``argv`` begins."""
+    options = [option for option in read_options(argv) if option.name in ("stage", "loss")]
+    return make_parser(_last(options, "stage", STAGES), _last(options, "loss", tuple(LOSSES))).format_help()

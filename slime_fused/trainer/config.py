@@ -55,7 +55,6 @@ class HeadConfig(TrainingArguments):
         default="fused",
         metadata={
             "help": "'fused': never materialise the logits. 'naive': the model's own logits, to compare.",
-            "aliases": ["--loss"],
         },
     )
     workspace: str = field(

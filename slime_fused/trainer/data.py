@@ -77,39 +77,46 @@ _REASONS = {
 def prepare_dataset(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, args: HeadConfig, name: str
 ) -> Dataset | IterableDataset:
-    """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate.
+    """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate: see `prepare_rows`.
+
+    Raises PreferenceFormatError for a row that is no preference pair.
+    """
+    return prepare_rows(dataset, PairTokenizer(tokenizer, args, name), TOKEN_COLUMNS, "pairs")
+
+
+def prepare_rows(dataset: Any, function: Any, columns: Sequence[str], rows: str) -> Dataset | IterableDataset:
+    """``dataset`` with ``columns``, by a `PairTokenizer` or what is like one; ``rows`` is what reports call them.
 
     Takes a `datasets.Dataset`, a streaming `datasets.IterableDataset` or any iterable of rows (which is read
-    whole). Rows without a response token are dropped; a map-style dataset logs how many and why. A dataset that
-    already has `TOKEN_COLUMNS` is used as it is.
+    whole). Rows without a response token are dropped; a map-style dataset logs how many and why, and how many were
+    cut. A dataset that already has ``columns`` is used as it is.
 
-    Raises PreferenceFormatError for a row that is no preference pair, ValueError if no row is left, TypeError
-    for another kind of dataset.
+    Raises what ``function`` raises, ValueError if no row is left, TypeError for another kind of dataset.
     """
+    args, name = function.args, function.name
     if not isinstance(dataset, (Dataset, IterableDataset)):
         if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, Iterable):
             raise TypeError(
                 f"{name}_dataset: expected a datasets.Dataset or an iterable of rows, got {type(dataset).__name__}"
             )
         dataset = Dataset.from_list([dict(row) for row in dataset])
-    columns = dataset.column_names
-    if columns is not None and set(TOKEN_COLUMNS) <= set(columns):
+    present = dataset.column_names
+    if present is not None and set(columns) <= set(present):
         return dataset
-    function = PairTokenizer(tokenizer, args, name)
     if isinstance(dataset, IterableDataset):
         # A stream need not know its columns before it runs, so the unwanted ones go last.
-        return dataset.map(function, with_indices=True).filter(is_kept).select_columns(list(TOKEN_COLUMNS))
+        return dataset.map(function, with_indices=True).filter(is_kept).select_columns(list(columns))
     if len(dataset) == 0:
-        raise ValueError(f"{name}_dataset: expected at least one pair, got an empty dataset")
+        raise ValueError(f"{name}_dataset: expected at least one row, got an empty dataset")
     tokens = dataset.map(
         function,
         with_indices=True,
-        remove_columns=columns,
+        remove_columns=present,
         num_proc=args.dataset_num_proc,
-        desc=f"Tokenising the {name} pairs",
+        desc=f"Tokenising the {name} {rows}",
     )
-    kept = tokens.filter(is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} pairs")
-    report(Counter(tokens["verdict"]), sum(kept["is_cut"]), name, args, "pairs")
+    kept = tokens.filter(is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} {rows}")
+    report(Counter(tokens["verdict"]), sum(kept["is_cut"]), name, args, rows)
     return kept.remove_columns(["verdict", "is_cut"])
 
 
@@ -159,19 +166,31 @@ class PreferenceCollator:
         ``labels`` repeats the ids of the response and is -100 on the prompt and the padding. ``layout`` is made
         here, where the labels are on the host, so that the loss need not wait for the device.
         """
-        sequences = [
-            (row[f"{kind}_ids"], row[f"{kind}_prompt_length"]) for kind in ("chosen", "rejected") for row in rows
-        ]
-        length = max(len(ids) for ids, _ in sequences)
-        if self.pad_to_multiple_of:
-            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(sequences), length), self.pad_token_id, dtype=torch.long, device="cpu")
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for n, (ids, prompt_length) in enumerate(sequences):
-            tokens = torch.as_tensor(ids, dtype=torch.long, device="cpu")
-            input_ids[n, : len(ids)] = tokens
-            attention_mask[n, : len(ids)] = 1
-            labels[n, prompt_length : len(ids)] = tokens[prompt_length:]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {**batch, "layout": slime_fused.token_layout(labels, shift=True)} if self.has_layout else batch
+        sequences = []
+        for kind in ("chosen", "rejected"):
+            for row in rows:
+                ids, prompt_length = row[f"{kind}_ids"], row[f"{kind}_prompt_length"]
+                sequences.append((ids, [IGNORE_INDEX] * prompt_length + list(ids[prompt_length:])))
+        return pad_batch(sequences, self.pad_token_id, self.pad_to_multiple_of, has_layout=self.has_layout)
+
+
+def pad_batch(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    *,
+    has_layout: bool,
+) -> dict[str, Any]:
+    """(ids, labels) of S sequences to (S, T) tensors on the host, padded on the right, and their layout."""
+    length = max(len(ids) for ids, _ in sequences)
+    if pad_to_multiple_of:
+        length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+    input_ids = torch.full((len(sequences), length), pad_token_id, dtype=torch.long, device="cpu")
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for n, (ids, targets) in enumerate(sequences):
+        input_ids[n, : len(ids)] = torch.as_tensor(ids, dtype=torch.long, device="cpu")
+        attention_mask[n, : len(ids)] = 1
+        labels[n, : len(ids)] = torch.as_tensor(targets, dtype=torch.long, device="cpu")
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    return {**batch, "layout": slime_fused.token_layout(labels, shift=True)} if has_layout else batch

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import sys
+import typing
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers.integrations import integration_utils
 
-from slime_fused.trainer.arguments import parse_arguments
+from slime_fused import losses
+from slime_fused.trainer import quick_help
+from slime_fused.trainer.arguments import ScriptArguments, kinds_of, make_parser, parse_arguments
 from slime_fused.trainer.cli import main
+from slime_fused.trainer.loss_choice import LOSSES
+from tests.test_import import run_python
 from tests.tiny_models import make_pairs, tiny_llama
 
 
@@ -41,7 +50,7 @@ def test_a_run_from_a_yaml_file(folder, tmp_path, capsys):
     config.write_text(
         f"model: {folder / 'model'}\ndataset: {folder / 'pairs.jsonl'}\nlearning_rate: 1e-2\nuse_cpu: true\n"
         "max_steps: 3\nlogging_steps: 1\nper_device_train_batch_size: 2\neval_share: 0.25\neval_strategy: steps\n"
-        "eval_steps: 3\nloss: fused\ngradient_checkpointing: false\nlambda_w: 0.2\n"
+        "eval_steps: 3\nloss_impl: fused\ngradient_checkpointing: false\nlambda_w: 0.2\n"
     )
     out = tmp_path / "out"
     assert main(["--config", str(config), "--output_dir", str(out), "--lambda_w=0.3"]) == 0
@@ -61,9 +70,9 @@ def test_a_run_from_a_yaml_file(folder, tmp_path, capsys):
 def test_fused_and_naive_print_the_same_losses(folder, tmp_path):
     base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *QUICK]
     curves = []
-    for loss in ("fused", "naive"):
-        out = tmp_path / loss
-        assert main([*base, "--output_dir", str(out), "--loss", loss]) == 0
+    for impl in ("fused", "naive"):
+        out = tmp_path / impl
+        assert main([*base, "--output_dir", str(out), "--loss_impl", impl]) == 0
         curves.append([row["loss"] for row in metrics(out) if "loss" in row])
     assert len(curves[0]) == 3
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
@@ -126,36 +135,65 @@ def test_the_model_card_names_loss_paper_and_settings(folder, tmp_path, adapter)
     assert f"| rewards/margins | {last['rewards/margins']:.4f} |" in card.text
 
 
+GIVEN = ("--model", "m", "--dataset", "d", "--use_cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "m", "--dataset", "d", "--merge_adapter"], "there is nothing to merge"),
         (["--model", "m"], "the following arguments are required: --dataset"),
         (["--modell", "m"], "unknown setting --modell; did you mean --model?"),
-        (
-            ["--model", "m", "--dataset", "d", "--lora_r", "many"],
-            "argument --lora_r/--lora-r: invalid int value: 'many'",
-        ),
-        (["--model", "m", "--dataset", "d", "--truncation", "no"], "argument --truncation: invalid choice: 'no'"),
-        (
-            ["--model", "m", "--dataset", "d", "--kappa", "-1", "--use_cpu"],
-            "kappa: expected a number > 0, got -1.0",
-        ),
-        (
-            ["--model", "m", "--dataset", "d", "--eval_share", "2", "--use_cpu"],
-            "eval_share: expected a share in [0, 1)",
-        ),
-        (["--config"], "--config: expected a YAML file"),
+        (["--lr", "1"], "unknown setting --lr; did you mean --learning_rate?"),
+        (["m"], "expected --setting value, got 'm' before any setting"),
+        (["--config"], "--config: expected a YAML file, got nothing"),
         (["--config", "nowhere.yaml"], "config: no such file: nowhere.yaml"),
-        (
-            ["--model", "m", "--dataset", "nowhere.jsonl", "--use_cpu"],
-            "dataset: no such file or folder: nowhere.jsonl",
-        ),
+        (["--model", "m", "--dataset", "no.jsonl", "--use_cpu"], "dataset: no such file or folder: no.jsonl"),
+        ([*GIVEN, "--lora_r", "many"], "--lora_r: expected --use_peft with it; without"),
+        ([*GIVEN, "--use_peft", "false", "--lora-alpha", "8"], "--lora_alpha: expected --use_peft with it"),
+        ([*GIVEN, "--merge_adapter"], "there is nothing to merge"),
+        ([*GIVEN, "--use_peft", "--lora_r", "many"], "argument --lora_r/--lora-r: invalid int value: 'many'"),
+        ([*GIVEN, "--use_peft", "--lora_dropout", "0.1"], "lora_dropout: 0.1 has no effect while disable_dropout"),
+        ([*GIVEN, "--truncation", "no"], "argument --truncation: invalid choice: 'no'"),
+        ([*GIVEN, "--kappa", "-1"], "kappa: expected a number > 0, got -1.0"),
+        ([*GIVEN, "--eval_share", "2"], "eval_share: expected a share in [0, 1)"),
+        ([*GIVEN, "--eval_share", "0.1", "--eval_dataset", "e"], "--eval_share: has no effect beside --eval_"),
+        ([*GIVEN, "--eval_dataset_split", "dev"], "--eval_dataset_split: expected --eval_dataset with it"),
+        ([*GIVEN, "--slice_seed", "1"], "--slice_seed: expected --dataset_slice with it"),
+        ([*GIVEN, "--backend", "foo"], "backend: expected 'auto' or one of ('cuda', "),
+        ([*GIVEN, "--backend", "cuda"], "backend: 'cuda' cannot run on cpu with torch.float32"),
+        ([*GIVEN, "--backend", "triton"], "backend: 'triton' cannot run on cpu with torch.float32"),
+        ([*GIVEN, "--workspace", "much"], "workspace: expected 'auto', bytes, or a string such as '512"),
+        ([*GIVEN, "--workspace", "0"], "workspace: expected a positive number of bytes, got 0"),
+        ([*GIVEN, "--learning_rate", "-1"], "learning_rate: expected a number >= 0, got -1.0"),
+        ([*GIVEN, "--adam_beta2", "1"], "adam_beta2: expected a number in [0, 1), got 1.0"),
+        ([*GIVEN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected at least 1, got 0"),
+        ([*GIVEN, "--report_to", "wonder"], "report_to: expected none or one of ["),
+        ([*GIVEN, "--resume_from_checkpoint", "no/where"], "expected a checkpoint, got no/where: no such folder"),
+        ([*GIVEN, "--resume_from_checkpoint", "true", "--output_dir", "nowhere"], "nowhere holds no checkpoint"),
+        ([*GIVEN, "--loss", "naive"], "'kto'); --loss_impl naive is how it is computed"),
+        ([*GIVEN, "--loss", "ppo"], "'kto'), got ppo"),
+        ([*GIVEN, "--gamma", "1"], "--gamma: a hyperparameter of --loss simpo, alphapo; this run's is slime"),
+        ([*GIVEN, "--loss", "simpo", "--kappa", "1"], "--kappa: a hyperparameter of --loss slime; this run's is"),
+        ([*GIVEN, "--loss", "dpo", "--beta", "-1"], "beta: expected a number > 0, got -1.0"),
+        ([*GIVEN, "--z_loss", "1"], "--z_loss: a setting of --stage sft; this run's is preference"),
+        ([*GIVEN, "--stage", "sft", "--beta", "1"], "which --stage sft does not take"),
+        ([*GIVEN, "--stage", "sft", "--loss", "dpo"], "--loss: a setting of --stage preference"),
+        ([*GIVEN, "--stage", "sft", "--z_loss", "-1"], "z_loss: expected a finite number >= 0, got -1.0"),
+        ([*GIVEN, "--stage", "rlhf"], "stage: expected one of ('preference', 'sft'), got rlhf"),
     ],
-)
+)  # fmt: skip
 def test_unusable_command_lines(arguments, message, capsys):
+    """Each is one line, before a model ("m") or a dataset ("d") is looked for."""
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("slime-train: error: ")
+    assert message in error
+
+
+def test_a_reporting_library_that_is_missing_is_named_first(monkeypatch, capsys):
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
+    assert main([*GIVEN, "--report_to", "tensorboard"]) == 2
+    assert "report_to: 'tensorboard' needs a library that is not installed here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,15 +201,78 @@ def test_unusable_command_lines(arguments, message, capsys):
     [
         ("model: [unclosed", "is not readable as YAML"),
         ("just text", "expected 'name: value' lines in"),
-        ("modle: x", "unknown setting 'modle'"),
-        ("model: m\ndataset: d\nlora_r: [1, 2]\n", "belong to no setting: ['2']"),
+        ("modle: x", "config: unknown setting 'modle' in"),
+        ("model: m\ndataset: d\nsave_steps: [1, 2]\n", "belong to no setting: ['2']"),
+        ("model: m\nseed: 1\n\nmodel: n\n", "config: line 4 of"),
+        ("model: m\nmodel_init_kwargs:\n  a: 1\n  a: 2\n", "config: line 4 of"),
+        ("model: m\ndataset: d\nlora_r: 8\n", "'lora_r' in"),
+        ("model: m\ndataset: d\nloss: dpo\ngamma: 1\n", "a hyperparameter of --loss simpo, alphapo; this"),
     ],
-)
+)  # fmt: skip
 def test_unusable_yaml(text, message, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert main(["--config", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--disable_dropout", "--use_peft"])
+def test_a_flag_alone_means_true(flag):
+    settings = parse_arguments([*GIVEN, flag, "--seed", "1"])
+    name = flag.lstrip("-")
+    owner = settings.script if name == "use_peft" else settings.config
+    assert getattr(owner, name) is True
+    assert settings.config.seed == 1
+
+
+def test_a_yaml_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: m\ndataset: d\nseed: 7\n", encoding="utf-8-sig")
+    settings = parse_arguments(["--config", str(tmp_path / "run.yaml")])
+    assert (settings.script.model, settings.config.seed) == ("m", 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        ([], "no"),
+        (["--eval_share", "0.2"], "epoch"),
+        (["--eval_dataset", "e"], "epoch"),
+        (["--eval_share", "0.2", "--eval_steps", "5"], "steps"),
+        (["--eval_share", "0.2", "--eval_strategy", "no"], "no"),
+    ],
+)
+def test_rows_to_evaluate_on_are_evaluated_on(arguments, strategy):
+    assert parse_arguments([*GIVEN, *arguments]).config.eval_strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss"),
+    [
+        (["--lambda_w", "0.3"], losses.Slime(lambda_w=0.3)),
+        (["--loss", "dpo", "--beta", "0.2", "--loss_type", "robust", "--label_smoothing", "0.1"],
+         losses.DPO(beta=0.2, loss_type="robust", label_smoothing=0.1)),
+        (["--loss", "dpo", "--ld_alpha", "0.5", "--length_normalised", "--nll_weight", "1"],
+         losses.DPO(ld_alpha=0.5, length_normalised=True, nll_weight=1.0)),
+        (["--loss", "simpo", "--beta", "2.5", "--gamma", "1.4"], losses.SimPO(beta=2.5, gamma=1.4)),
+        (["--loss", "orpo", "--beta", "0.3"], losses.ORPO(beta=0.3)),
+        (["--loss", "cpo", "--loss_type", "ipo", "--nll_weight", "0"], losses.CPO(loss_type="ipo", nll_weight=0.0)),
+        (["--loss", "alphapo", "--alpha", "0.1"], losses.AlphaPO(alpha=0.1)),
+        (["--loss", "kto", "--desirable_weight", "2", "--baseline", "batch"],
+         losses.KTO(desirable_weight=2.0, baseline="batch")),
+        (["--stage", "sft"], None),
+    ],
+)  # fmt: skip
+def test_each_loss_takes_its_hyperparameters(arguments, loss):
+    assert parse_arguments([*GIVEN, *arguments]).loss == loss
+
+
+def test_every_hyperparameter_of_every_loss_is_a_setting_with_help():
+    assert set(LOSSES) == set(typing.get_args(typing.get_type_hints(ScriptArguments)["loss"]))
+    for loss, cls in LOSSES.items():
+        actions = {action.dest: action for action in make_parser("preference", loss)._actions}
+        for field in dataclasses.fields(cls):
+            assert actions[field.name].help, (loss, field.name)
+            assert actions[field.name].default == field.default, (loss, field.name)
 
 
 @pytest.mark.parametrize(
@@ -207,12 +308,64 @@ def test_evaluation_without_pairs_is_refused(folder, capsys):
     assert "eval_strategy=steps needs --eval_dataset or --eval_share" in capsys.readouterr().err
 
 
-def test_help_names_every_setting_of_the_loss(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
+@pytest.mark.parametrize("arguments", [[], ["--loss", "dpo"], ["--stage", "sft"]])
+def test_help_says_what_the_parser_says(arguments, capsys):
+    """It reads sources in place of importing them: names, defaults and texts must be those of the classes."""
+    assert main(["--help", *arguments]) == 0
     text = capsys.readouterr().out
-    for name in ("lambda_w", "lambda_l", "lambda_d", "delta", "margin_hard", "margin_soft", "kappa", "power"):
-        assert f"--{name} " in text
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help_all"])
-    assert "--weight_decay" in capsys.readouterr().out
+    assert "--config" in text
+    stage, loss = ("sft" if "sft" in arguments else "preference"), ("dpo" if "dpo" in arguments else "slime")
+    kinds = kinds_of(stage, loss)
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for kind in kinds for field in dataclasses.fields(kind)} - inherited
+    actions = {action.dest: action for action in reversed(make_parser(stage, loss)._actions)}
+    for name in own | set(quick_help._COMMON):
+        action = actions[name]
+        default = "required" if action.required else f"default: {getattr(action.default, 'value', action.default)}"
+        expected = " ".join(f"{action.help or ''}".replace("%%", "%").split()) + f" ({default})"
+        lines = re.search(rf"^  --{name} +(.*(?:\n {{30,}}.*)*)", text, re.MULTILINE)
+        assert lines, name
+        assert " ".join(lines[1].split()) == expected
+
+
+def test_help_loads_none_of_the_libraries():
+    report = run_python("""
+        import json, sys
+        from slime_fused.trainer.cli import main
+        main(["--help"])
+        print(json.dumps(sorted({"transformers", "datasets", "peft", "accelerate"} & set(sys.modules))))
+    """)
+    assert report == []
+
+
+def test_all_of_the_help(capsys):
+    assert main(["--help_all", "--loss", "dpo"]) == 0
+    text = capsys.readouterr().out
+    assert "--weight_decay" in text
+    assert "--dpop" in text
+
+
+def test_an_earlier_run_in_the_same_folder_is_refused_by_name(folder, tmp_path, capsys):
+    base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *QUICK]
+    base += ["--output_dir", str(tmp_path), "--save_steps", "2", "--save_total_limit", "1"]
+    assert main(base) == 0
+    (tmp_path / "checkpoint-9").mkdir()
+    assert main(base) == 2
+    error = capsys.readouterr().err
+    for part in ("holds checkpoint-9 of", "--resume_from_checkpoint true", "--overwrite_output_dir"):
+        assert part in error
+    assert main([*base, "--overwrite_output_dir"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert main([*base, "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_a_model_is_merged_where_nothing_can_be_drawn(folder, tmp_path, capsys, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *QUICK]
+    assert main([*base, "--use_peft", "--merge_adapter", "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "merged" / "config.json").exists()
+    assert not (tmp_path / "training.png").exists()
+    captured = capsys.readouterr()
+    assert "slime-train: no training.png:" in captured.err
+    assert "training.png" not in captured.out

@@ -205,7 +205,7 @@ def test_a_streaming_dataset_gives_the_same_rows(tokenizer, make_args):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        ([], ValueError, "train_dataset: expected at least one pair, got an empty dataset"),
+        ([], ValueError, "train_dataset: expected at least one row, got an empty dataset"),
         ("pairs.jsonl", TypeError, "train_dataset: expected a datasets.Dataset or an iterable of rows, got .*str"),
         ([{"text": "a"}], PreferenceFormatError, r"row 0 of the train dataset: expected .* got columns \['text'\]"),
     ],
