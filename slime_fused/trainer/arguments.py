@@ -13,7 +13,7 @@ from transformers.hf_argparser import string_to_bool
 
 from slime_fused.losses import Formula
 from slime_fused.trainer.config import HeadConfig, PreferenceConfig, SlimeConfig
-from slime_fused.trainer.loss_choice import LOSSES, hyperparameters, losses_with
+from slime_fused.trainer.loss_choice import DEFAULTS, LOSSES, hyperparameters, losses_with
 from slime_fused.trainer.options import Option, UsageError, as_arguments, read_options
 from slime_fused.trainer.sft_config import SftConfig
 
@@ -152,6 +152,8 @@ def make_parser(stage: str, loss: str) -> HfArgumentParser:
     """The parser of such a run's settings."""
     parser = _Parser(kinds_of(stage, loss), prog="slime-train", add_help=False, allow_abbrev=False)
     texts = hyperparameters(loss) if stage == "preference" else {}
+    if stage == "preference":
+        parser.set_defaults(**DEFAULTS.get(loss, {}))
     for action in parser._actions:
         if not action.help and action.dest in texts:
             action.help = texts[action.dest]

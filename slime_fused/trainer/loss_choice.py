@@ -16,6 +16,9 @@ LOSSES: dict[str, type[Formula]] = {
     "kto": KTO,
 }
 
+DEFAULTS = {"kto": {"baseline": "batch"}}
+"""Defaults of settings that are not those of the loss itself: a KL baseline cannot be given on a command line."""
+
 _HELP = {
     "beta": "Scale of the rewards: of log-probs, or of their ratio to the reference's.",
     "orpo.beta": "Weight of the odds ratio, the paper's lambda.",
@@ -30,7 +33,7 @@ _HELP = {
     "nll_reduction": "'sequence': its mean over each response; 'token': over all chosen tokens of the step.",
     "desirable_weight": "Weight of chosen (desirable) responses.",
     "undesirable_weight": "Weight of rejected (undesirable) responses.",
-    "baseline": "The KL divergence in the loss: see slime_fused.losses.KTO.",
+    "baseline": "The KL divergence in the loss: 'batch' estimates it from the batch's own responses; 'zero': none.",
 }
 
 

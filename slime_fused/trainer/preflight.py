@@ -15,6 +15,7 @@ from slime_fused.engine.workspace import parse_bytes
 from slime_fused.trainer.arguments import Settings
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.options import UsageError
+from slime_fused.trainer.weighting import check_needs
 
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("learning_rate", 0, math.inf, "a number >= 0"),
@@ -35,6 +36,8 @@ def check_settings(settings: Settings) -> None:
         value: Any = getattr(config, name)
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name}: expected {expected}, got {value}")
+    if settings.loss is not None:
+        check_needs(settings.loss)
     _check_execution(script.dtype, config)
     _check_reports(config.report_to)
     config.resume_from_checkpoint = resume_from(config)

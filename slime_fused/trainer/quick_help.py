@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_fused.losses import Slime
-from slime_fused.trainer.loss_choice import LOSSES, hyperparameters
+from slime_fused.trainer.loss_choice import DEFAULTS, LOSSES, hyperparameters
 
 _COMMON = (
     "output_dir",
@@ -87,6 +87,8 @@ def short_help(arguments: Sequence[str] = ()) -> str:
         others = {name: ", ".join(hyperparameters(name)) for name in LOSSES if name != loss}
         lines += [_wrapped(f"  --loss {name}", names) for name, names in others.items()]
     head, base = declared("config", "HeadConfig"), _of_transformers()
+    if stage == "preference":
+        head += declared("config", "PreferenceConfig")
     inherited = {setting.name for setting in base}
     lines += ["", "of the head and the data:", *(_line(s) for s in head if s.name not in inherited)]
     lines += ["", "of the training loop (--help_all: over a hundred more):"]
@@ -110,7 +112,8 @@ def _of_loss(loss: str) -> list[Setting]:
         ]
     fields: Any = dataclasses.fields(LOSSES[loss])  # type: ignore[arg-type]
     texts = hyperparameters(loss)
-    return [Setting(field.name, texts[field.name], str(field.default)) for field in fields]
+    own = DEFAULTS.get(loss, {})
+    return [Setting(f.name, texts[f.name], str(own.get(f.name, f.default))) for f in fields]
 
 
 def declared(module: str, name: str) -> list[Setting]:

@@ -79,13 +79,7 @@ class SftTrainer(HeadTrainer):
         }
         averages.add("tokens", num_tokens, means if aux_loss is None else {**means, "aux_loss": aux_loss})
         num_rows = num_tokens.new_tensor(batch["labels"].shape[0])
-        averages.count(
-            {
-                "num_rows": num_rows,
-                "num_tokens": batch["attention_mask"].sum(),
-                "num_completion_tokens": num_tokens,
-            }
-        )
+        averages.count({"num_rows": num_rows, "num_completion_tokens": num_tokens})
 
     def card_text(self) -> CardText:
         """See `HeadTrainer.card_text`."""

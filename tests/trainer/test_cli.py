@@ -175,6 +175,7 @@ GIVEN = ("--model", "m", "--dataset", "d", "--use_cpu")
         ([*GIVEN, "--gamma", "1"], "--gamma: a hyperparameter of --loss simpo, alphapo; this run's is slime"),
         ([*GIVEN, "--loss", "simpo", "--kappa", "1"], "--kappa: a hyperparameter of --loss slime; this run's is"),
         ([*GIVEN, "--loss", "dpo", "--beta", "-1"], "beta: expected a number > 0, got -1.0"),
+        ([*GIVEN, "--loss", "kto", "--baseline", "given"], "loss: KTO(baseline='given') expected a kl_baseline"),
         ([*GIVEN, "--z_loss", "1"], "--z_loss: a setting of --stage sft; this run's is preference"),
         ([*GIVEN, "--stage", "sft", "--beta", "1"], "which --stage sft does not take"),
         ([*GIVEN, "--stage", "sft", "--loss", "dpo"], "--loss: a setting of --stage preference"),
@@ -257,8 +258,9 @@ def test_rows_to_evaluate_on_are_evaluated_on(arguments, strategy):
         (["--loss", "orpo", "--beta", "0.3"], losses.ORPO(beta=0.3)),
         (["--loss", "cpo", "--loss_type", "ipo", "--nll_weight", "0"], losses.CPO(loss_type="ipo", nll_weight=0.0)),
         (["--loss", "alphapo", "--alpha", "0.1"], losses.AlphaPO(alpha=0.1)),
-        (["--loss", "kto", "--desirable_weight", "2", "--baseline", "batch"],
+        (["--loss", "kto", "--desirable_weight", "2"],
          losses.KTO(desirable_weight=2.0, baseline="batch")),
+        (["--loss", "kto"], losses.KTO(baseline="batch")),
         (["--stage", "sft"], None),
     ],
 )  # fmt: skip
@@ -271,8 +273,9 @@ def test_every_hyperparameter_of_every_loss_is_a_setting_with_help():
     for loss, cls in LOSSES.items():
         actions = {action.dest: action for action in make_parser("preference", loss)._actions}
         for field in dataclasses.fields(cls):
+            default = "batch" if field.name == "baseline" else field.default
             assert actions[field.name].help, (loss, field.name)
-            assert actions[field.name].default == field.default, (loss, field.name)
+            assert actions[field.name].default == default, (loss, field.name)
 
 
 @pytest.mark.parametrize(
@@ -308,13 +311,14 @@ def test_evaluation_without_pairs_is_refused(folder, capsys):
     assert "eval_strategy=steps needs --eval_dataset or --eval_share" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--loss", "dpo"], ["--stage", "sft"]])
+@pytest.mark.parametrize("arguments", [[], ["--loss", "dpo"], ["--loss", "kto"], ["--stage", "sft"]])
 def test_help_says_what_the_parser_says(arguments, capsys):
     """It reads sources in place of importing them: names, defaults and texts must be those of the classes."""
     assert main(["--help", *arguments]) == 0
     text = capsys.readouterr().out
     assert "--config" in text
-    stage, loss = ("sft" if "sft" in arguments else "preference"), ("dpo" if "dpo" in arguments else "slime")
+    stage = "sft" if "sft" in arguments else "preference"
+    loss = arguments[1] if "--loss" in arguments else "slime"
     kinds = kinds_of(stage, loss)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name for kind in kinds for field in dataclasses.fields(kind)} - inherited
