@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -154,13 +155,31 @@ def make_parser(stage: str, loss: str) -> HfArgumentParser:
     texts = hyperparameters(loss) if stage == "preference" else {}
     if stage == "preference":
         parser.set_defaults(**DEFAULTS.get(loss, {}))
+    optional = _optional_numbers(kinds_of(stage, loss))
     for action in parser._actions:
+        if action.dest in optional:
+            action.type = _or_none(optional[action.dest])
         if not action.help and action.dest in texts:
             action.help = texts[action.dest]
         if action.type is string_to_bool and action.nargs is None:
             # Its default is None, for which that parser would want a value.
             action.nargs, action.const = "?", True
     return parser
+
+
+def _optional_numbers(kinds: Sequence[Any]) -> dict[str, Any]:
+    """Type by name, of the settings that are a number or None."""
+    hints = {name: typing.get_args(hint) for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    numbers = {frozenset((int, type(None))): int, frozenset((float, type(None))): float}
+    return {name: numbers[frozenset(args)] for name, args in hints.items() if frozenset(args) in numbers}
+
+
+def _or_none(number: Any) -> Any:
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else number(text)
+
+    parse.__name__ = number.__name__  # for the parser's own errors
+    return parse
 
 
 def _renamed(option: Option) -> Option:

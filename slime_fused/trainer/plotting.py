@@ -9,7 +9,7 @@ from typing import Any
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss and its terms", ("loss",)),
     ("Mean log-prob per token", ("logps/chosen", "logps/rejected")),
-    ("Margin (chosen - rejected)", ("rewards/margins",)),
+    ("Margin of the rewards (chosen - rejected)", ("rewards/margins",)),
     ("Share of pairs", ("rewards/accuracies", "slime/active_fraction")),
     ("Entropy of the next token", ("entropy",)),
     ("Share of tokens that are the likeliest", ("mean_token_accuracy",)),
@@ -69,7 +69,7 @@ def _panels(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]
     listed = {key for _, keys in _PANELS for key in keys}
     # A loss's own terms go with the loss: "slime/anchor", "dpo/nll".
     terms = [
-        key for key in present if "/" in key and key not in listed and not key.startswith(("logps/", "rewards/"))
+        key for key in present if "/" in key and key not in listed and not key.startswith(("logps", "rewards/"))
     ]
     panels = [(heading, [key for key in keys if key in present]) for heading, keys in _PANELS]
     panels[0] = (panels[0][0], [*panels[0][1], *terms])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import typing
@@ -226,6 +227,14 @@ def test_a_flag_alone_means_true(flag):
     assert settings.config.seed == 1
 
 
+@pytest.mark.parametrize("text", ["none", "None"])
+def test_a_limit_can_be_taken_away(text, tmp_path):
+    assert parse_arguments([*GIVEN, "--max_length", text]).config.max_length is None
+    (tmp_path / "run.yaml").write_text(f"max_length: {text}\nseed: null\n")
+    config = parse_arguments([*GIVEN, "--config", str(tmp_path / "run.yaml")]).config
+    assert (config.max_length, config.seed) == (None, 42)
+
+
 def test_a_yaml_file_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "run.yaml").write_text("model: m\ndataset: d\nseed: 7\n", encoding="utf-8-sig")
     settings = parse_arguments(["--config", str(tmp_path / "run.yaml")])
@@ -347,6 +356,22 @@ def test_all_of_the_help(capsys):
     text = capsys.readouterr().out
     assert "--weight_decay" in text
     assert "--dpop" in text
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_other_losses_train_and_are_named(folder, tmp_path, loss):
+    base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), *QUICK, "--use_peft"]
+    assert (
+        main([*base, "--loss", loss, "--beta", "0.3", "--eval_share", "0.25", "--output_dir", str(tmp_path)]) == 0
+    )
+    reports = metrics(tmp_path)
+    # Before the first step policy and reference are one.
+    assert reports[0]["loss"] == pytest.approx(math.log(2) if loss == "dpo" else 0.5, rel=1e-5)
+    assert [row["eval_num_pairs"] for row in reports if "eval_loss" in row] == [3]
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert f"{loss.upper()} loss" in card
+    assert "| beta | 0.3 |" in card
+    assert (tmp_path / "training.png").exists()
 
 
 def test_an_earlier_run_in_the_same_folder_is_refused_by_name(folder, tmp_path, capsys):
