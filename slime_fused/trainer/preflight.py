@@ -14,6 +14,7 @@ from slime_fused.backends import resolve_backend
 from slime_fused.engine.workspace import parse_bytes
 from slime_fused.trainer.arguments import Settings
 from slime_fused.trainer.config import HeadConfig
+from slime_fused.trainer.loading import check_exists
 from slime_fused.trainer.options import UsageError
 from slime_fused.trainer.weighting import check_needs
 
@@ -36,6 +37,9 @@ def check_settings(settings: Settings) -> None:
         value: Any = getattr(config, name)
         if value is not None and not least <= value <= most:
             raise UsageError(f"{name}: expected {expected}, got {value}")
+    check_exists(script.model)
+    if script.tokenizer is not None:
+        check_exists(script.tokenizer, "tokenizer")
     if settings.loss is not None:
         check_needs(settings.loss)
     _check_execution(script.dtype, config)

@@ -149,6 +149,10 @@ GIVEN = ("--model", "m", "--dataset", "d", "--use_cpu")
         (["--config"], "--config: expected a YAML file, got nothing"),
         (["--config", "nowhere.yaml"], "config: no such file: nowhere.yaml"),
         (["--model", "m", "--dataset", "no.jsonl", "--use_cpu"], "dataset: no such file or folder: no.jsonl"),
+        (["--model", "./m", "--dataset", "d", "--use_cpu"], "model: no such folder: m"),
+        (["--model", "m.gguf", "--dataset", "d", "--use_cpu"], "model: no such file: m.gguf"),
+        ([*GIVEN, "--tokenizer", "/nowhere"], "tokenizer: no such folder: /nowhere"),
+        ([*GIVEN, "--eval_strategy", "steps"], "eval_strategy=steps needs --eval_dataset or --eval_share"),
         ([*GIVEN, "--lora_r", "many"], "--lora_r: expected --use_peft with it; without"),
         ([*GIVEN, "--use_peft", "false", "--lora-alpha", "8"], "--lora_alpha: expected --use_peft with it"),
         ([*GIVEN, "--merge_adapter"], "there is nothing to merge"),
@@ -307,17 +311,6 @@ def test_unusable_data_names_the_line(text, message, tmp_path, folder, capsys):
     path.write_text(text)
     assert main(["--model", str(folder / "model"), "--dataset", str(path), "--use_cpu"]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_missing_model_folder_is_named(folder, capsys):
-    assert main(["--model", "./nowhere", "--dataset", str(folder / "pairs.jsonl"), "--use_cpu"]) == 2
-    assert "no such folder: nowhere" in capsys.readouterr().err
-
-
-def test_evaluation_without_pairs_is_refused(folder, capsys):
-    base = ["--model", str(folder / "model"), "--dataset", str(folder / "pairs.jsonl"), "--use_cpu"]
-    assert main([*base, "--eval_strategy", "steps"]) == 2
-    assert "eval_strategy=steps needs --eval_dataset or --eval_share" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--loss", "dpo"], ["--loss", "kto"], ["--stage", "sft"]])
