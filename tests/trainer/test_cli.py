@@ -169,10 +169,10 @@ GIVEN = ("--model", "m", "--dataset", "d", "--use_cpu")
         ([*GIVEN, "--backend", "triton"], "backend: 'triton' cannot run on cpu with torch.float32"),
         ([*GIVEN, "--workspace", "much"], "workspace: expected 'auto', bytes, or a string such as '512"),
         ([*GIVEN, "--workspace", "0"], "workspace: expected a positive number of bytes, got 0"),
-        ([*GIVEN, "--learning_rate", "-1"], "learning_rate: expected a number >= 0, got -1.0"),
+        ([*GIVEN, "--learning_rate", "-1"], "learning_rate: expected a finite number >= 0, got -1.0"),
         ([*GIVEN, "--adam_beta2", "1"], "adam_beta2: expected a number in [0, 1), got 1.0"),
         ([*GIVEN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps: expected at least 1, got 0"),
-        ([*GIVEN, "--report_to", "wonder"], "report_to: expected none or one of ["),
+        ([*GIVEN, "--report_to", "wonder"], "report_to: expected 'none' or some of ["),
         ([*GIVEN, "--resume_from_checkpoint", "no/where"], "expected a checkpoint, got no/where: no such folder"),
         ([*GIVEN, "--resume_from_checkpoint", "true", "--output_dir", "nowhere"], "nowhere holds no checkpoint"),
         ([*GIVEN, "--loss", "naive"], "'kto'); --loss_impl naive is how it is computed"),
@@ -199,7 +199,7 @@ def test_unusable_command_lines(arguments, message, capsys):
 def test_a_reporting_library_that_is_missing_is_named_first(monkeypatch, capsys):
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
     assert main([*GIVEN, "--report_to", "tensorboard"]) == 2
-    assert "report_to: 'tensorboard' needs a library that is not installed here" in capsys.readouterr().err
+    assert "report_to: 'tensorboard' needs its library, which is not installed here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
