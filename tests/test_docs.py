@@ -102,7 +102,7 @@ def test_files_of_a_kernel_and_their_symbols_exist():
         assert symbol in (ROOT / path).read_text(), f"{path}: {symbol}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, "backends.md", "distributed.md", "trl.md"])
+@pytest.mark.parametrize("page", [*PAGES, "backends.md", "distributed.md", "trainer.md"])
 def test_files_and_links_exist(page):
     text = (ROOT / "docs" / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)[)#]", text):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import IntervalStrategy
 
 from slime_fused.losses import Formula
 from slime_fused.trainer.config import HeadConfig, PreferenceConfig, SlimeConfig
@@ -252,6 +253,9 @@ def _with_evaluation(options: list[Option]) -> list[Option]:
 def _check_values(script: ScriptArguments, config: HeadConfig) -> None:
     if not 0.0 <= script.eval_share < 1.0:
         raise UsageError(f"eval_share: expected a share in [0, 1), got {script.eval_share}")
+    if config.eval_strategy != "no" and script.eval_dataset is None and not script.eval_share:
+        strategy = IntervalStrategy(config.eval_strategy).value
+        raise UsageError(f"eval_strategy={strategy} needs --eval_dataset or --eval_share")
     if script.lora_dropout and config.disable_dropout:
         raise UsageError(
             f"lora_dropout: {script.lora_dropout} has no effect while disable_dropout is on; "

@@ -53,9 +53,7 @@ class HeadConfig(TrainingArguments):
 
     loss_impl: Literal["fused", "naive"] = field(
         default="fused",
-        metadata={
-            "help": "'fused': never materialise the logits. 'naive': the model's own logits, to compare.",
-        },
+        metadata={"help": "'fused': never materialise the logits. 'naive': the model's own logits, to compare."},
     )
     workspace: str = field(
         default="auto",
@@ -64,7 +62,7 @@ class HeadConfig(TrainingArguments):
     backend: str = field(default="auto", metadata={"help": "Kernels to use: auto, cuda, triton, cpu or torch."})
 
     max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens of prompt and response together; unset: no limit."}
+        default=1024, metadata={"help": "Most tokens of prompt and response together; none: no limit."}
     )
     truncation: Literal["keep_start", "keep_end", "drop"] = field(
         default="keep_start",

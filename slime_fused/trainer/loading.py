@@ -15,12 +15,10 @@ def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
     A GGUF file is dequantised to float32 unless ``dtype`` says otherwise, and the result is an ordinary model that
     can be trained and saved. Raises FileNotFoundError for a path that does not exist.
     """
+    check_exists(name)
     path = Path(name)
     if path.suffix != ".gguf":
-        _check_exists(path, name)
         return AutoModelForCausalLM.from_pretrained(str(name), **{"dtype": torch.float32, **options})
-    if not path.is_file():
-        raise FileNotFoundError(f"model: no such file: {path}")
     options = {"dtype": torch.float32, **options}
     loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     # A model read from GGUF still counts as quantised and refuses to be saved; its weights no longer are.
@@ -35,17 +33,18 @@ def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model `load_model` finds under ``name``."""
+    check_exists(name, "tokenizer")
     path = Path(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer: no such file: {path}")
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    _check_exists(path, name)
     return AutoTokenizer.from_pretrained(str(name))
 
 
-def _check_exists(path: Path, name: str | Path) -> None:
+def check_exists(name: str | Path, argument: str = "model") -> None:
     """Refuse what is clearly meant as a path: the hub's own message would speak of a repository id."""
+    path = Path(name)
+    if path.suffix == ".gguf" and not path.is_file():
+        raise FileNotFoundError(f"{argument}: no such file: {path}")
     looks_like_path = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
-    if looks_like_path and not path.is_dir():
-        raise FileNotFoundError(f"model: no such folder: {path}")
+    if looks_like_path and path.suffix != ".gguf" and not path.is_dir():
+        raise FileNotFoundError(f"{argument}: no such folder: {path}")

@@ -70,6 +70,11 @@ def short_help(arguments: Sequence[str] = ()) -> str:
     """The settings of this package and the everyday ones of the base class, for the run that begins so."""
     stage = _value(arguments, "--stage", ("preference", "sft"))
     loss = _value(arguments, "--loss", tuple(LOSSES))
+    base = _of_transformers()
+    inherited = {setting.name for setting in base}
+    head = declared("config", "HeadConfig")
+    stage_class = ("sft_config", "SftConfig") if stage == "sft" else ("config", "PreferenceConfig")
+    of_stage = declared(*stage_class)
     lines = [
         "usage: slime-train --model MODEL --dataset ROWS [--config FILE.yaml] [settings]",
         "",
@@ -80,20 +85,18 @@ def short_help(arguments: Sequence[str] = ()) -> str:
         *map(_line, declared("arguments", "ScriptArguments")),
     ]
     if stage == "sft":
-        lines += ["", "of supervised fine-tuning:", *map(_line, declared("sft_config", "SftConfig"))]
+        lines += ["", "of supervised fine-tuning:", *(_line(s) for s in of_stage if s.name not in inherited)]
+        of_data = head
     else:
         lines += ["", f"of --loss {loss}:", *map(_line, _of_loss(loss))]
         lines += ["", "of the other losses (--loss NAME --help says what they are):"]
         others = {name: ", ".join(hyperparameters(name)) for name in LOSSES if name != loss}
         lines += [_wrapped(f"  --loss {name}", names) for name, names in others.items()]
-    head, base = declared("config", "HeadConfig"), _of_transformers()
-    if stage == "preference":
-        head += declared("config", "PreferenceConfig")
-    inherited = {setting.name for setting in base}
-    lines += ["", "of the head and the data:", *(_line(s) for s in head if s.name not in inherited)]
+        of_data = head + of_stage
+    lines += ["", "of the head and the data:", *(_line(s) for s in of_data if s.name not in inherited)]
     lines += ["", "of the training loop (--help_all: over a hundred more):"]
     # The nearest declaration counts.
-    by_name = {setting.name: setting for setting in (*base, *head)}
+    by_name = {setting.name: setting for setting in (*base, *head, *of_stage)}
     lines += [_line(by_name[name]) for name in _COMMON if name in by_name]
     return "\n".join([*lines, "", EXAMPLE])
 

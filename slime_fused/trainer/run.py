@@ -11,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from transformers.trainer_utils import IntervalStrategy
 
 from slime_fused.losses import Slime
 from slime_fused.model.check import HeadMismatchError
@@ -104,9 +103,6 @@ def read_datasets(settings: Settings) -> tuple[Dataset, Dataset | None]:
             raise UsageError(f"eval_share: {script.eval_share} of {len(dataset)} rows leaves one side empty")
         parts = dataset.train_test_split(test_size=script.eval_share, seed=config.seed)
         dataset, eval_dataset = parts["train"], parts["test"]
-    if eval_dataset is None and config.eval_strategy != "no":
-        strategy = IntervalStrategy(config.eval_strategy).value
-        raise UsageError(f"eval_strategy={strategy} needs --eval_dataset or --eval_share")
     return dataset, eval_dataset
 
 

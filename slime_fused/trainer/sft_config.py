@@ -1,6 +1,7 @@
 """Settings of supervised fine-tuning."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from slime_fused.functional.checks import check_token_loss
 from slime_fused.trainer.config import HeadConfig
@@ -13,6 +14,12 @@ class SftConfig(HeadConfig):
     ``per_device_train_batch_size`` counts rows. Raises ValueError for values the loss refuses.
     """
 
+    full_learning_rate: ClassVar[float] = 2e-5
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Initial learning rate of AdamW. Unset: 2e-5, or 1e-4 for an adapter (LoRA)."},
+    )
     completion_only_loss: bool = field(
         default=True, metadata={"help": "Train on completions (a chat's assistant turns) alone, not on prompts."}
     )

@@ -175,7 +175,7 @@ def test_a_response_that_only_calls_a_tool_is_kept(tokenizer, make_args):
 
 
 def test_token_ids_as_trl_makes_them(tokenizer, make_args):
-    """Those of TRL's own preparation of the same rows give what ours gives."""
+    """The same rows as texts, and tokenised with the prompt apart from the responses: the same batches."""
     rows = make_pairs(6)
     ours = prepare_dataset(rows, tokenizer, make_args(max_length=16), "train")
     tokenised = []

@@ -245,6 +245,11 @@ def test_evaluation_counts_tokens(tokenizer, tmp_path, smoothing):
     assert numbers[0]["eval_num_rows"] == 5
 
 
+def test_default_learning_rates(tmp_path):
+    rates = [config(tmp_path, learning_rate=None).resolved_learning_rate(is_adapter=x) for x in (False, True)]
+    assert rates == [2e-5, 1e-4]
+
+
 def test_training_learns_the_completion(tokenizer, tmp_path):
     rows = [{"messages": CHAT}] * 4
     args = config(tmp_path, max_steps=30, learning_rate=1e-2, lr_scheduler_type="constant")
