@@ -216,6 +216,22 @@ def test_collators_of_another_layout(change, message, tokenizer, tmp_path):
         enable_slime(trainer)
 
 
+def test_rows_that_take_turns(tokenizer, tmp_path):
+    """Chosen, rejected, chosen, rejected: nothing but the prompts tells."""
+    trainer = make_trainer(tokenizer, tmp_path)
+    collate = trainer.data_collator
+
+    def interleaved(examples):
+        return {
+            key: value.view(2, len(examples), -1).transpose(0, 1).flatten(0, 1)
+            for key, value in collate(examples).items()
+        }
+
+    trainer.data_collator = interleaved
+    with pytest.raises(ValueError, match=r"got rows 0 and 2 of 4 with different prompts"):
+        enable_slime(trainer)
+
+
 def test_logits_that_are_more_than_the_head_gives(tokenizer, tmp_path):
     class Sharpened(LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -170,8 +170,22 @@ def _check_collator(trainer: Any) -> None:
 
     dataset = trainer.train_dataset
     # Of a stream the first batch tells: reading ahead here might move it on.
-    if isinstance(dataset, Dataset) and len(dataset):
-        check_batch(trainer.data_collator([dataset[0]]))
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        return
+    batch = trainer.data_collator([dataset[i] for i in range(min(len(dataset), 2))])
+    check_batch(batch)
+    prompts = [
+        ids[(attended == 1) & (completed == 0)].tolist()
+        for ids, attended, completed in zip(*(batch[key] for key in _KEYS), strict=True)
+    ]
+    num_pairs = len(prompts) // 2
+    for i, (chosen, rejected) in enumerate(zip(prompts[:num_pairs], prompts[num_pairs:], strict=True)):
+        kept = min(len(chosen), len(rejected))  # truncation may have taken more of one from its begin
+        if kept and chosen[-kept:] != rejected[-kept:]:
+            raise ValueError(
+                f"data_collator: expected rows [chosen..., rejected...], got rows {i} and {num_pairs + i} of "
+                f"{len(prompts)} with different prompts, which are no pair; leave data_collator=None"
+            )
 
 
 def _described(trainer: Any) -> str:
