@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.model.head_cases import assert_as_own_logits, gradients_of, loss_of_logits, text_batch
+from tests.model.head_cases import gradients_of, loss_of_logits, text_batch
 from tests.model.tensor_parallel_worker import make_model
 from tests.processes import run_processes
 
