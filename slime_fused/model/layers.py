@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from slime_fused.model.sharding import check_tensor_parallel, whole_hidden
-from slime_fused.model.wrappers import is_plain_lora, is_token_adapter, matrix_layers, peft_method, unwrap_module
+from slime_fused.model.wrappers import (
+    base_layer,
+    is_plain_lora,
+    is_token_adapter,
+    matrix_layers,
+    peft_method,
+    unwrap_module,
+)
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,8 +92,7 @@ def patch_forward(module: Any, replacement: Callable[..., Any]) -> None:
 
 
 def _check_layer(layer: Any) -> None:
-    base = unwrap_module(layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
-    base = unwrap_module(base.token_adapter.get_base_layer()) if hasattr(base, "token_adapter") else base
+    base = base_layer(layer)
     _check_quantised(base)
     variants = sorted(type(v).__name__ for v in (getattr(layer, "lora_variant", None) or {}).values())
     if variants:

@@ -44,6 +44,12 @@ def matrix_layers(head: Any) -> Iterator[Any]:
         yield head
 
 
+def base_layer(layer: Any) -> Any:
+    """The layer of the model itself under PEFT's wrappers of one."""
+    layer = unwrap_module(getattr(layer, "token_adapter", layer))
+    return unwrap_module(layer.get_base_layer()) if hasattr(layer, "get_base_layer") else layer
+
+
 def peft_method(layer: Any) -> str | None:
     """The folder of `peft.tuners` that the class of ``layer`` comes from, such as "lora", or None."""
     parts = type(layer).__module__.split(".")
