@@ -197,9 +197,7 @@ class HeadTrainer(ExactEvaluation, ABC):
         """The loss of one micro-batch, weighted by its share of the optimizer step if ``num_items_in_batch``
         is what `get_batch_samples` returns.
         """
-        if not self._head_is_checked:
-            check_head(model, inputs, self.transform, self.args.backend, self.args.workspace_limit())
-            self._head_is_checked = True
+        self.check_head_once(model, inputs)
         shares = None
         if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() == 1:
             # Gradients are averaged over processes, hence the number of them.
@@ -214,6 +212,12 @@ class HeadTrainer(ExactEvaluation, ABC):
         if shares is not None:
             loss = loss * shares[0].to(loss.dtype)
         return (loss, outputs) if return_outputs else loss
+
+    def check_head_once(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Before anything is made of the head's log-probs: `slime_fused.model.check.check_head`."""
+        if not self._head_is_checked:
+            check_head(model, batch, self.transform, self.args.backend, self.args.workspace_limit())
+            self._head_is_checked = True
 
     @property
     def _is_training(self) -> bool:

@@ -63,15 +63,29 @@ def naive_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def as_reference(model: Any, adapted: Any) -> Iterator[None]:
     """``model`` without gradients, dropout and the adapter of ``adapted``, the PEFT model inside it, if any."""
     was_training = model.training
-    without_adapter = adapted.disable_adapter() if hasattr(adapted, "peft_config") else contextlib.nullcontext()
     model.eval()
     _reshard(model)
     try:
-        with torch.no_grad(), without_adapter:
+        with torch.no_grad(), _without_adapter(adapted):
             yield
             _reshard(model)
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    if not hasattr(model, "peft_config"):
+        yield
+    elif hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield
+    else:  # one that `transformers` has added itself
+        model.disable_adapters()
+        try:
+            yield
+        finally:
+            model.enable_adapters()
 
 
 def _reshard(model: Any) -> None:

@@ -110,7 +110,7 @@ class ReferencePass:
                 f"{REFERENCE_COLUMNS[0]}: {self._trainer.loss.name} expected the reference's log-probs in every "
                 f"batch, got none; {_WAY_OUT}"
             )
-        return self._sums(model, batch)
+        return self._sums(model, dict(batch))
 
     def fill(self, model: nn.Module) -> None:
         """Give those datasets that wait for a sharded ``model`` their log-probs."""
@@ -151,11 +151,13 @@ class ReferencePass:
             is_quiet=trainer.args.disable_tqdm,
         )
 
-    def _sums(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def _sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         trainer = self._trainer
         labels = batch["labels"]
         # A model that is not prepared yet has no mixed precision of its own.
         with as_reference(model, trainer.accelerator.unwrap_model(model)), trainer.accelerator.autocast():
+            if not self._has_adapter:  # which the check is to see
+                trainer.check_head_once(model, batch)
             if trainer.args.loss_impl == "naive":
                 return trainer.run_naive(model, batch, lambda logits: naive_sums(logits, labels))["sum_logps"]
             args = trainer.args

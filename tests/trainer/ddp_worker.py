@@ -80,5 +80,6 @@ def main(folder: str, batch_size: int, accumulation: int) -> None:
 if __name__ == "__main__":
     main(sys.argv[1], *json.loads(sys.argv[2]))
     sys.stdout.flush()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    # In about one run in ten of any program of DistributedDataParallel on gloo, one without this package too, the
+    # process group waits forever for its threads or ends the process, in destroy_process_group or at exit.
+    os._exit(0)

@@ -83,7 +83,8 @@ def test_the_reference_of_a_sharded_model(results, layout, kind):
     """It runs once the model is sharded, before the first step."""
     got, expected = results[layout, kind, "float32", "DPO"], results["one process", kind, "float32", "DPO"]
     assert_same(got, expected, 2e-4)
-    assert got["reports"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    if kind == "full":  # the adapter changes the model from the beginning
+        assert got["reports"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert abs(got["reports"][1]["rewards/margins"]) > 1e-3
 
 
