@@ -145,7 +145,7 @@ class LossHook:
             means, num_tokens = self._means[mode].flush(self._sum)
             total = means.pop("loss")
             if mode == "eval":
-                # The base class misweighs the last batch of several processes: it repeats means once per row.
+                # The base class repeats a batch's mean for its rows, and of the last one keeps as many as it has pairs.
                 logs[losses[-1]] = total
             trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
             means["num_tokens"] = trainer._total_train_tokens
