@@ -138,6 +138,16 @@ def test_gradient_checkpointing(name, tokenizer, tmp_path):
     expected.check()
 
 
+def test_the_way_round_the_hook_is_closed(tokenizer, tmp_path):
+    """Up to TRL 1.13 ``use_liger_kernel=True`` sends the loss through another method, with this attribute."""
+    trainer = make_trainer(tokenizer, tmp_path)
+    trainer.use_liger_kernel = True
+    enable_slime(trainer)
+    expected = Expected(trainer, SLIME)
+    trainer.train()
+    expected.check()
+
+
 def test_the_reference_model_is_freed(tokenizer, tmp_path):
     model = tiny_llama(len(tokenizer), seed=2)
     trainer = make_trainer(tokenizer, tmp_path, ref_model=model)
