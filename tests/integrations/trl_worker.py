@@ -1,4 +1,4 @@
-"""One process of the data-parallel test under TRL: two runs of a tiny model; saves what rank 0 saw."""
+"""One process of the data-parallel test under TRL: runs of a tiny model, replicated and sharded, as rank 0 saw them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 import slime_fused as sf
 from slime_fused.integrations.trl import enable_loss
 from tests.integrations.trl_cases import make_trainer, reports
 from tests.tiny_models import make_tokenizer
+from tests.trainer import fsdp_worker
 
 
 class Recorder(TrainerCallback):
@@ -25,8 +28,12 @@ class Recorder(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
 
 
-def train_twice(folder: str, batch_size: int, accumulation: int) -> None:
-    """SLIME with means over tokens, then DPO on a cached reference: two steps each, and an evaluation."""
+def train_twice(folder: Path, batch_size: int, accumulation: int, sharding: dict[str, Any] | None = None) -> None:
+    """SLIME with means over tokens, then DPO on a cached reference: two steps each, and an evaluation.
+
+    ``sharding`` is the FSDP configuration, of gradients that nobody records.
+    """
+    sharded = {"fsdp": "full_shard", "fsdp_config": dict(sharding)} if sharding else {}
     recorder, rows, evaluations = Recorder(), [], {}
     losses = (sf.SlimeLossConfig(stabilizer_reduction="token"), sf.losses.DPO(beta=0.5))
     for loss in losses:
@@ -38,21 +45,27 @@ def train_twice(folder: str, batch_size: int, accumulation: int) -> None:
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=2,
+            max_grad_norm=1e9,  # reported, and never reached
             ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-            extra={"callbacks": [recorder]},
+            extra={"callbacks": [] if sharding else [recorder]},
+            **sharded,
         )
         enable_loss(trainer, loss, cache_reference=is_dpo)
         trainer.train()
         rows += reports(trainer)
         evaluations |= {f"{loss.name} {name}": value for name, value in trainer.evaluate().items()}
     if trainer.is_world_process_zero():
-        torch.save(recorder.gradients, Path(folder) / "gradients.pt")
-        (Path(folder) / "reports.json").write_text(json.dumps([rows, evaluations]))
+        torch.save(recorder.gradients, folder / "gradients.pt")
+        (folder / "reports.json").write_text(json.dumps([rows, evaluations]))
     trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
-    train_twice(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    train_twice(Path(sys.argv[1]), 1, 2)
+    if len(sys.argv) > 2:
+        fsdp_worker.allow_fsdp_on_cpu()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_twice(Path(sys.argv[2]), 1, 2, fsdp_worker.FSDP2)
     sys.stdout.flush()
     # Now and then gloo's process group waits for its threads forever in its destructor.
     os._exit(0)

@@ -124,7 +124,7 @@ class LossHook:
         if "aux_loss" in outputs:
             total = total + outputs["aux_loss"]
         weight = float(num_pairs)
-        values = measured(outputs, labels, loss, given, total.detach(), weight)
+        values = measured(outputs, labels, loss, given, weight)
         coefficient = getattr(trainer, "router_aux_loss_coef", None)
         if "aux_loss" in outputs:
             values["aux_loss"] = (outputs["aux_loss"].detach() / (coefficient or 1.0) * weight, weight)
@@ -140,13 +140,8 @@ class LossHook:
         """Adds the means since the last report, under TRL's names; `evaluate` returns them, too."""
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
-        losses = [name for name in logs if name == "loss" or name.endswith("_loss")]
-        if losses and self._means[mode]:
+        if self._means[mode] and any(name == "loss" or name.endswith("_loss") for name in logs):
             means, num_tokens = self._means[mode].flush(self._sum)
-            total = means.pop("loss")
-            if mode == "eval":
-                # The base class misweighs the last batch of several processes: it repeats means once per row.
-                logs[losses[-1]] = total
             trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
             means["num_tokens"] = trainer._total_train_tokens
             prefix = "eval_" if mode == "eval" else ""

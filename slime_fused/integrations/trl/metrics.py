@@ -53,7 +53,6 @@ def measured(
     labels: Tensor,
     loss: Formula,
     given: Mapping[str, Tensor],
-    total: Tensor,
     weight: float,
 ) -> dict[str, Fraction]:
     """The fractions of one batch: ``outputs`` of a `FusedLoss` with `STATISTICS`, its ``labels`` (S, T).
@@ -64,7 +63,7 @@ def measured(
     chosen_means, rejected_means = outputs["mean_logps"].chunk(2)
     is_counted = float(weight > 0)
     num_pairs = chosen_means.numel()
-    values: dict[str, Fraction] = {"loss": (total * weight, weight)}
+    values: dict[str, Fraction] = {}
 
     def mean_of_pairs(name: str, value: Tensor) -> None:
         values[name] = (value.double().sum() * is_counted, num_pairs * is_counted)

@@ -244,7 +244,9 @@ class ReferenceLogProbs:
             return dataset
         accelerator = self._trainer.accelerator
         # Not the accelerator's own way for training: it would keep the loader for the run's checkpoints.
-        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        # Every process takes as many batches, some examples twice: a sharded model is gathered by all together.
+        rank, world = accelerator.process_index, accelerator.num_processes
+        share = [(rank + i) % len(dataset) for i in range(0, len(dataset), world)]
         loader: DataLoader[Any] = DataLoader(
             dataset.select(share),
             batch_size,
