@@ -223,7 +223,9 @@ def test_unusable_yaml(text, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--disable_dropout", "--use_peft"])
-def test_a_flag_alone_means_true(flag):
+def test_a_flag_alone_means_true(flag, monkeypatch):
+    # Releases of transformers before 5 leave the precision there, for whatever trains next.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     settings = parse_arguments([*GIVEN, flag, "--seed", "1"])
     name = flag.lstrip("-")
     owner = settings.script if name == "use_peft" else settings.config
@@ -359,7 +361,7 @@ def test_other_losses_train_and_are_named(folder, tmp_path, loss):
     )
     reports = metrics(tmp_path)
     # Before the first step policy and reference are one.
-    assert reports[0]["loss"] == pytest.approx(math.log(2) if loss == "dpo" else 0.5, rel=1e-5)
+    assert reports[0]["loss"] == pytest.approx(math.log(2) if loss == "dpo" else 0.5, abs=1e-4)
     assert [row["eval_num_pairs"] for row in reports if "eval_loss" in row] == [3]
     card = ModelCard.load(tmp_path / "README.md").text
     assert f"{loss.upper()} loss" in card
