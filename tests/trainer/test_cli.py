@@ -198,7 +198,7 @@ def test_unusable_command_lines(arguments, message, capsys):
 
 def test_a_reporting_library_that_is_missing_is_named_first(monkeypatch, capsys):
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
-    assert main([*GIVEN, "--report_to", "tensorboard"]) == 2
+    assert main([*GIVEN, "--report_to", "wandb", "tensorboard"]) == 2
     assert "report_to: 'tensorboard' needs its library, which is not installed here" in capsys.readouterr().err
 
 
@@ -380,6 +380,8 @@ def test_an_earlier_run_in_the_same_folder_is_refused_by_name(folder, tmp_path, 
         assert part in error
     assert main([*base, "--overwrite_output_dir"]) == 0
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert main([*base, "--resume_from_checkpoint", "true", "--overwrite_output_dir"]) == 2
+    assert "overwrite_checkpoints: would delete" in capsys.readouterr().err
     assert main([*base, "--resume_from_checkpoint", "true"]) == 0
 
 
