@@ -78,6 +78,14 @@ def test_what_is_wrong_is_named_by_its_line(tmp_path, name, content, message):
         read_pairs(tmp_path / name)
 
 
+def test_a_folder_may_be_called_as_a_format_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "csv").mkdir()
+    write_csv(tmp_path / "csv" / "train.csv", make_pairs(2))
+    write_csv(tmp_path / "other.csv", make_pairs(3))
+    assert read_pairs("csv").to_list() == make_pairs(2)
+
+
 def test_splits_are_chosen_and_their_names_told(tmp_path):
     parts = {"train": make_pairs(3), "test": make_pairs(2, seed=1)}
     DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(tmp_path / "saved")
