@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -162,6 +162,8 @@ def make_parser(stage: str, loss: str) -> HfArgumentParser:
             action.type = _or_none(optional[action.dest])
         if not action.help and action.dest in texts:
             action.help = texts[action.dest]
+        if action.dest == "report_to":
+            action.nargs = "+"
         if action.type is string_to_bool and action.nargs is None:
             # Its default is None, for which that parser would want a value.
             action.nargs, action.const = "?", True
@@ -220,12 +222,11 @@ def _unknown(option: Option, known: set[str], stage: str, loss: str) -> str:
 def _check_combinations(options: Sequence[Option], stage: str) -> None:
     """Refuse what was given and would have no effect."""
     given = {option.name: option for option in options}
-    uses_peft = "use_peft" in given and given["use_peft"].values in ((), ("true",), ("True",), ("1",), ("yes",))
-    if not uses_peft:
+    if not _is_on(given, "use_peft"):
         for name, option in given.items():
             if name.startswith("lora_"):
                 raise UsageError(f"{option}: expected --use_peft with it; without an adapter it has no effect")
-        if given.get("merge_adapter", Option("", ("false",))).values not in (("false",), ("False",)):
+        if _is_on(given, "merge_adapter"):
             raise UsageError(
                 "merge_adapter: expected --use_peft with it; without an adapter there is nothing to merge"
             )
@@ -240,6 +241,12 @@ def _check_combinations(options: Sequence[Option], stage: str) -> None:
                 raise UsageError(f"{given[name]}: expected --{needed} with it; without one it has no effect")
     if "eval_share" in given and "eval_dataset" in given:
         raise UsageError(f"{given['eval_share']}: has no effect beside {given['eval_dataset']}; give one of them")
+
+
+def _is_on(given: Mapping[str, Option], name: str) -> bool:
+    """Whether a flag was set, as far as that can be said before it is parsed."""
+    values = given[name].values if name in given else ("false",)
+    return not values or values[0].lower() in ("yes", "true", "t", "y", "1")
 
 
 def _with_evaluation(options: list[Option]) -> list[Option]:

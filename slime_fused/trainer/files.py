@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ def read_file(path: str | Path, columns: Columns) -> Dataset:
     kind = kind_of(path)
     if kind == ".parquet":
         return Dataset.from_parquet(str(path))
-    if kind == ".json":
-        return _checked_rows(_json_rows(path), path, "row", columns)
-    if kind in KINDS:
-        lines = _json_lines(path) if kind == ".jsonl" else _csv_rows(path)
-        return _checked_rows(lines, path, "line", columns)
-    raise ValueError(f"dataset: expected a {', '.join(KINDS)} file or a folder, got {path}")
+    if kind not in KINDS:
+        raise ValueError(f"dataset: expected a {', '.join(KINDS)} file or a folder, got {path}")
+    readers = {".json": (_json_rows, "row"), ".jsonl": (_json_lines, "line"), ".csv": (_csv_rows, "line")}
+    rows_of, unit = readers[kind]
+    try:
+        return _checked_rows(rows_of(path), path, unit, columns)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise PreferenceFormatError(f"{path}: not a whole gzip file: {error}") from None
 
 
 def kind_of(path: Path) -> str:

@@ -37,8 +37,14 @@ def check_settings(settings: Settings) -> None:
     if settings.loss is not None:
         check_needs(settings.loss)
     config.resume_from_checkpoint = resume_from(config)
-    if config.resume_from_checkpoint is None and not script.overwrite_checkpoints:
-        _check_folder(Path(str(config.output_dir)))
+    folder = Path(str(config.output_dir))
+    if config.resume_from_checkpoint is None:
+        if not script.overwrite_checkpoints:
+            _check_folder(folder)
+    elif script.overwrite_checkpoints and Path(config.resume_from_checkpoint).resolve().parent == folder.resolve():
+        raise UsageError(
+            f"overwrite_checkpoints: would delete {config.resume_from_checkpoint}, where the run is to go on from"
+        )
 
 
 def resume_from(config: HeadConfig) -> str | None:

@@ -49,7 +49,8 @@ def load_rows(
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded: Any = load_from_disk(str(path))
         else:
-            loaded = load_dataset(str(path) if path.is_dir() else source, config)
+            # In full: a folder called csv or json would be taken for the format of that name.
+            loaded = load_dataset(str(path.resolve()) if path.is_dir() else source, config)
     # The libraries below raise errors of their own, of the network's and of many formats.
     except Exception as error:
         where = f"the folder {path}" if path.is_dir() else f"{source!r} (no file or folder here, so the hub's)"

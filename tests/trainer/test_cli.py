@@ -198,7 +198,7 @@ def test_unusable_command_lines(arguments, message, capsys):
 
 def test_a_reporting_library_that_is_missing_is_named_first(monkeypatch, capsys):
     monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["wandb"])
-    assert main([*GIVEN, "--report_to", "tensorboard"]) == 2
+    assert main([*GIVEN, "--report_to", "wandb", "tensorboard"]) == 2
     assert "report_to: 'tensorboard' needs its library, which is not installed here" in capsys.readouterr().err
 
 
@@ -223,7 +223,9 @@ def test_unusable_yaml(text, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--disable_dropout", "--use_peft"])
-def test_a_flag_alone_means_true(flag):
+def test_a_flag_alone_means_true(flag, monkeypatch):
+    # Releases of transformers before 5 leave the precision there, for whatever trains next.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     settings = parse_arguments([*GIVEN, flag, "--seed", "1"])
     name = flag.lstrip("-")
     owner = settings.script if name == "use_peft" else settings.config
@@ -359,7 +361,7 @@ def test_other_losses_train_and_are_named(folder, tmp_path, loss):
     )
     reports = metrics(tmp_path)
     # Before the first step policy and reference are one.
-    assert reports[0]["loss"] == pytest.approx(math.log(2) if loss == "dpo" else 0.5, rel=1e-5)
+    assert reports[0]["loss"] == pytest.approx(math.log(2) if loss == "dpo" else 0.5, abs=1e-4)
     assert [row["eval_num_pairs"] for row in reports if "eval_loss" in row] == [3]
     card = ModelCard.load(tmp_path / "README.md").text
     assert f"{loss.upper()} loss" in card
@@ -378,6 +380,8 @@ def test_an_earlier_run_in_the_same_folder_is_refused_by_name(folder, tmp_path, 
         assert part in error
     assert main([*base, "--overwrite_output_dir"]) == 0
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert main([*base, "--resume_from_checkpoint", "true", "--overwrite_output_dir"]) == 2
+    assert "overwrite_checkpoints: would delete" in capsys.readouterr().err
     assert main([*base, "--resume_from_checkpoint", "true"]) == 0
 
 

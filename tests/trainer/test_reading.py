@@ -67,6 +67,8 @@ def test_token_ids_as_trl_makes_them_are_read(tmp_path):
         ("long.csv", b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", "line 3 of .*: expected 3 cells, got 4"),
         ("short.csv", b"prompt,chosen,rejected\na,b\n", r"line 2 of .*got columns \['chosen', 'prompt'\]"),
         ("quote.csv", b'prompt,chosen,rejected\n"a"b,c,d\n', "line 2 of .*: not valid CSV"),
+        ("cut.jsonl.gz", gzip.compress(PAIR.encode() * 99)[:40], "cut.jsonl.gz: not a whole gzip file"),
+        ("plain.csv.gz", b"prompt,chosen,rejected\n", "plain.csv.gz: not a whole gzip file"),
         ("ids.jsonl", b'{"prompt_ids": [1], "chosen_ids": [2.5], "rejected_ids": [3]}', "'chosen_ids' must be"),
     ],
 )  # fmt: skip
@@ -74,6 +76,14 @@ def test_what_is_wrong_is_named_by_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PreferenceFormatError, match=message):
         read_pairs(tmp_path / name)
+
+
+def test_a_folder_may_be_called_as_a_format_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "csv").mkdir()
+    write_csv(tmp_path / "csv" / "train.csv", make_pairs(2))
+    write_csv(tmp_path / "other.csv", make_pairs(3))
+    assert read_pairs("csv").to_list() == make_pairs(2)
 
 
 def test_splits_are_chosen_and_their_names_told(tmp_path):
