@@ -1,4 +1,4 @@
-"""What was trained at either end of a model is what a plain `transformers` loads again: saved by PEFT, or merged."""
+"""What was trained at either end of a model is what plain `transformers` loads again, saved by PEFT or merged."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ KINDS = {
 
 
 if Version(peft.__version__) >= Version("0.19"):  # 0.18 has the option and takes it for some layers
-    KINDS |= {
-        f"{kind}, tied": {**KINDS[kind], "ensure_weight_tying": True} for kind in ("saved embeddings", "LoRA embeddings")
-    }
+    for kind in ("saved embeddings", "LoRA embeddings"):
+        KINDS[f"{kind}, tied"] = {**KINDS[kind], "ensure_weight_tying": True}
 
 
 @pytest.mark.parametrize("tied", [False, True])
