@@ -91,14 +91,8 @@ class ReferencePass:
             if not self._has_trained:
                 self._add_to_evaluation()
             return dataset
-        if self._lacks_columns(dataset) and not self._has_adapter:
-            if self._has_trained:
-                raise ValueError(
-                    f"eval_dataset: {self._trainer.loss.name} needs a reference's log-probs, and the model has "
-                    f"been trained since; give the dataset to the constructor, or {_WAY_OUT}"
-                )
-            return self._referenced(dataset)
-        return dataset
+        # An adapter is left out batch by batch, at any time.
+        return dataset if self._has_adapter else self._referenced(dataset)
 
     def of_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """(2P,): from the batch, or by running the model without its adapter."""
@@ -136,6 +130,11 @@ class ReferencePass:
     def _referenced(self, dataset: Any) -> Any:
         if not self._lacks_columns(dataset):
             return dataset
+        if self._has_trained and not self._has_adapter:
+            raise ValueError(
+                f"train_dataset, eval_dataset: {self._trainer.loss.name} needs a reference's log-probs, and the "
+                f"model has been trained since; give the dataset to the constructor, or {_WAY_OUT}"
+            )
         if self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled:
             return LateReference(dataset)
         return with_columns(dataset, self._table(dataset, self._trainer.model))
