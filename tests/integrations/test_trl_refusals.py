@@ -125,6 +125,26 @@ def test_options_of_the_loss_that_is_replaced(options, message, tokenizer, tmp_p
         enable_slime(make_trainer(tokenizer, tmp_path, ref_model="copy", **options))
 
 
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("_is_vision_dataset", True, r"train_dataset: expected text alone, got a dataset with images"),
+        ("padding_free", True, r"args.padding_free: expected False, got True"),
+        ("is_in_train", True, r"expected one that has not begun to train"),
+    ],
+)
+def test_states_of_a_trainer(attribute, value, message, trainer):
+    setattr(trainer, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        enable_slime(trainer)
+
+
+def test_several_gpus_in_one_process(trainer):
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"trainer: 2 GPUs in one process .*accelerate launch"):
+        enable_slime(trainer)
+
+
 def test_a_synchronised_reference(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, ref_model="copy", sync_ref_model=True)
     with pytest.raises(ValueError, match=r"args.sync_ref_model: expected False, since Slime has no reference"):

@@ -1,4 +1,4 @@
-"""One process of the data-parallel test under TRL: runs of a tiny model, replicated and sharded, as rank 0 saw them."""
+"""One process of the data-parallel test under TRL: runs of a tiny model, replicated and sharded; rank 0 saves."""
 
 from __future__ import annotations
 
