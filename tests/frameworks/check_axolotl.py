@@ -11,7 +11,8 @@ from axolotl.cli.config import load_cfg
 from axolotl.cli.train import do_cli
 from axolotl.integrations.base import PluginManager
 
-from slime_fused.losses import Slime
+import slime_fused.integrations.axolotl as plugin
+from slime_fused.losses import SimPO, Slime
 from tests.frameworks.support import plain_loss, save_model, save_pairs, watch_steps
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "axolotl.yaml"
@@ -101,9 +102,10 @@ def test_a_wrong_entry_stops_axolotl_before_it_loads_anything(write, entries, me
         load_cfg(write(**entries))
 
 
-def test_entries_reach_the_loss(write):
-    config = load_cfg(
-        write(slime_loss="simpo", slime_gamma=0.25, slime_lambda_w=None, slime_lambda_l=None, slime_delta=None)
-    )
-    assert config["slime_gamma"] == 0.25
-    assert config["slime_loss"] == "simpo"
+def test_entries_reach_the_loss(write, monkeypatch):
+    given = []
+    monkeypatch.setattr(plugin, "enable_loss", lambda trainer, loss, **where: given.append((trainer, loss, where)))
+    others = dict.fromkeys(("slime_lambda_w", "slime_lambda_l", "slime_delta"))
+    config = load_cfg(write(slime_loss="simpo", slime_gamma=0.25, slime_workspace="64MiB", **others))
+    plugin.SlimePlugin().post_trainer_create(config, "trainer")
+    assert given == [("trainer", SimPO(gamma=0.25), {"backend": "auto", "workspace": "64MiB"})]
