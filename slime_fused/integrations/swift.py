@@ -56,7 +56,7 @@ def enable_loss(
     from swift.rlhf_trainers import dpo_trainer as module
 
     plain: Any = getattr(module.DPOTrainer, "_slime_plain", module.DPOTrainer)
-    parameters = ("model", "batch", "train_eval", "pair_loss_scale")
+    parameters = ("model", "batch", "train_eval")  # 4.6 adds pair_loss_scale
     require_method(plain, "get_batch_loss_metrics", parameters, _PACKAGE)
     require_method(plain, "get_cu_seqlens", ("position_ids", "logits_to_keep"), _PACKAGE)
     require_method(plain, "__init__", ("model", "ref_model"), _PACKAGE)
