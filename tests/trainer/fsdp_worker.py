@@ -165,7 +165,7 @@ def train(layout: str, kind: str, precision: str, loss: str, folder: Path) -> di
     result: dict[str, Any] = {"change": {name: end[name] - start[name] for name in start}}
     result["reports"] = [row for row in trainer.state.log_history if "loss" in row]
     result["eval"] = trainer.evaluate(trainer.train_dataset)
-    if layout in ("FSDP1", "FSDP2"):
+    if layout in ("FSDP1", "FSDP2") and (precision, loss) == ("float32", "fused"):
         result["end"] = end
         try:
             trainer.save_model(str(folder / f"{layout} {kind}"))
