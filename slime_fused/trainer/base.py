@@ -19,6 +19,7 @@ from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import CardText, model_card
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.evaluation import ExactEvaluation
+from slime_fused.trainer.merging import refuse_saved_copies
 from slime_fused.trainer.metrics import Averages
 from slime_fused.trainer.setup import (
     CheckedCollator,
@@ -244,6 +245,22 @@ class HeadTrainer(ExactEvaluation, ABC):
             averages = self._train_averages.flush(self._sum_over_processes)
             logs = {**averages, "num_tokens": int(self._num_tokens or 0), **logs}
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in the base class; under FSDP a whole model that loads by itself, even if checkpoints are in shards.
+
+        The base class then writes nothing, and before release 5 shards are what FSDP2 keeps by default.
+
+        Raises NotImplementedError for PEFT's modules_to_save under FSDP1.
+        """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
+            refuse_saved_copies(self.accelerator.unwrap_model(self.model))
+        if plugin is not None and not _internal_call and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            weights = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=weights)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         kept: Any = self.state.stateful_callbacks

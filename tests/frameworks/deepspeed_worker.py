@@ -1,4 +1,4 @@
-"""One process of the DeepSpeed check: trains tiny models for two steps, one after the other, and saves what came out."""
+"""One process of the DeepSpeed check: trains tiny models for two steps, one by one, and saves what came out."""
 
 from __future__ import annotations
 

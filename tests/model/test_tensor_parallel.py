@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from tests.model.head_cases import gradients_of, loss_of_logits, text_batch
@@ -60,7 +61,9 @@ def test_two_processes_as_one(results, kind):
                 grad, expected[name], rtol=1e-9, atol=floor, msg=lambda m, n=name: f"{n}: {m}"
             )
         rows.append(result["local rows"])
-    assert rows == ([65, 65] if kind == "replicated" else [33, 32])
+    # Before release 5, `transformers` leaves a head whole whose rows do not divide.
+    is_whole = kind == "replicated" or ("transformers" in kind and transformers.__version__ < "5")
+    assert rows == ([65, 65] if is_whole else [33, 32])
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from tests.processes import run_processes
+from tests.tiny_models import make_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +48,12 @@ WITH_A_REFERENCE = [("FSDP1", "full"), ("FSDP2", "full"), ("FSDP2", "LoRA head")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     one = train(folder / "one", 1, [("one process", kind, "float32", "fused") for kind in KINDS])
     one |= train(
         folder / "one, DPO", 1, [("one process", kind, "float32", "DPO") for kind in ("full", "LoRA head")]
@@ -88,12 +96,28 @@ def test_the_reference_of_a_sharded_model(results, layout, kind):
     assert abs(got["reports"][1]["rewards/margins"]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", [kind for layout, kind in EXACT if layout == "FSDP2"])
-def test_what_is_saved_is_what_was_trained(results, kind):
-    saved = results["FSDP2", kind, "float32", "fused"]["saved"]
-    assert all(saved.values()), saved
-    trained = ["modules_to_save"] if "saved head" in kind else ["lora_A", "lora_B"] if "LoRA" in kind else ["norm"]
-    assert any(part in name or "lm_head.weight" in name for name in saved for part in trained), saved
+# Of LoRA under FSDP1 the adapters inside the layers are missing in what is gathered here: docs/distributed.md.
+SAVED = [("FSDP1", "full"), ("FSDP1", "tied full"), ("FSDP1", "LoRA, saved head")]
+SAVED += [case for case in EXACT if case[0] == "FSDP2"]
+
+
+@pytest.mark.parametrize(("layout", "kind"), SAVED)
+def test_what_is_saved_is_what_was_trained(results, folder, layout, kind):
+    """FSDP1 keeps whole checkpoints here and FSDP2 keeps shards: `save_model` writes a whole model under both."""
+    result = results[layout, kind, "float32", "fused"]
+    if (layout, kind) == ("FSDP1", "LoRA, saved head"):  # PEFT would wait for a gather of one process forever
+        assert "modules_to_save=['lm_head'] cannot be saved under FSDP1; use FSDP2" in result["refused"]
+        return
+    saved = folder / "two" / f"{layout} {kind}"
+    if "LoRA" in kind:
+        base = tiny_llama(len(make_tokenizer()), tie_word_embeddings=kind.startswith("tied"))
+        again: Any = PeftModel.from_pretrained(base, str(saved))
+    else:
+        again = AutoModelForCausalLM.from_pretrained(saved)
+    trained = result["end"]
+    assert trained.keys() == dict(again.named_parameters()).keys()
+    for name, weight in again.named_parameters():
+        torch.testing.assert_close(weight.detach(), trained[name], rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize(("layout", "kind"), ROUNDED)
