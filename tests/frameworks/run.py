@@ -6,7 +6,7 @@ first lines may say, in comments:
     # tests: paths for pytest, the first line
     # python: 3.12, where another version than this one is needed
     # without: packages to take out again, whose wheels need CUDA's libraries to be imported
-    # pip: options for the installation
+    # any-python: packages that ask for another Python than they need; their requirements are then held to this one
 
 An environment is made once, in `.integrations/<name>`, and again when its requirements change.
 """
@@ -83,8 +83,9 @@ class Framework:
             constraint = self.folder / "constraints.txt"
             constraint.write_text(f"torch=={self.version('torch')}\n")
             requirements = str(FOLDER / f"{self.name}.txt")
-            options = ("--constraint", str(constraint), *self.listed("pip"))
-            run(*pip, "install", *options, "-r", requirements, *TEST_TOOLS)
+            for package in self.listed("any-python"):
+                run(*pip, "install", "--no-deps", "--ignore-requires-python", package)
+            run(*pip, "install", "--constraint", str(constraint), "-r", requirements, *TEST_TOOLS)
             if unwanted := self.listed("without"):
                 run(*pip, "uninstall", "--yes", *unwanted)
             # The checkout as it is: an editable install would build over the extension module of `make build`.
