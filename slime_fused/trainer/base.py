@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from slime_fused.model.calls import run_in_head
@@ -19,8 +20,8 @@ from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import CardText, model_card
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.evaluation import ExactEvaluation
-from slime_fused.trainer.merging import refuse_saved_copies
 from slime_fused.trainer.metrics import Averages
+from slime_fused.trainer.saving import whole_weights
 from slime_fused.trainer.setup import (
     CheckedCollator,
     call_model_init,
@@ -249,18 +250,23 @@ class HeadTrainer(ExactEvaluation, ABC):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in the base class; under FSDP a whole model that loads by itself, even if checkpoints are in shards.
 
-        The base class then writes nothing, and before release 5 shards are what FSDP2 keeps by default.
-
-        Raises NotImplementedError for PEFT's modules_to_save under FSDP1.
+        The base class then writes nothing, and before release 5 shards are what FSDP2 keeps by default. Under FSDP1
+        it would wait for ever where PEFT saves modules_to_save.
         """
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1:
-            refuse_saved_copies(self.accelerator.unwrap_model(self.model))
-        if plugin is not None and not _internal_call and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            weights = self.accelerator.get_state_dict(self.model)
+        in_shards = plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type)
+        if in_shards and _internal_call:  # the base class writes the shards of a checkpoint
+            super().save_model(output_dir, _internal_call)
+        elif isinstance(self.model_wrapped, FullyShardedDataParallel):
+            with whole_weights(self.model_wrapped, is_writer=self.args.should_save) as weights:
+                if self.args.should_save:
+                    self._save(output_dir, state_dict=weights)
+        elif in_shards:
+            gathered = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
-                self._save(output_dir, state_dict=weights)
-        super().save_model(output_dir, _internal_call)
+                self._save(output_dir, state_dict=gathered)
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         kept: Any = self.state.stateful_callbacks

@@ -19,21 +19,6 @@ def adapts_embeddings(model: Any) -> bool:
     return any(hasattr(end, name) for end in ends for name in ("base_layer", "modules_to_save", "token_adapter"))
 
 
-def refuse_saved_copies(model: Any) -> None:
-    """Raises NotImplementedError for a PEFT model with modules_to_save, which cannot be saved under FSDP1.
-
-    One process writes, and PEFT asks these modules for their state then, which FSDP1 gathers from all: it would
-    wait forever.
-    """
-    configs = getattr(model, "peft_config", {}).values()
-    names = sorted({name for config in configs for name in getattr(config, "modules_to_save", None) or ()})
-    if names:
-        raise NotImplementedError(
-            f"peft_config: modules_to_save={names} cannot be saved under FSDP1; use FSDP2 (fsdp_version: 2), "
-            "DeepSpeed, or LoRA on these modules (target_modules)"
-        )
-
-
 def merge_adapter(base: PreTrainedModel, adapter: str | Path, untie: bool) -> PreTrainedModel:
     """``base`` with the adapter saved in the folder ``adapter`` merged into its weights, in their dtype.
 
