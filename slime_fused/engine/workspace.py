@@ -26,10 +26,14 @@ def resolve_workspace(workspace: int | str, problem: Problem, *, is_gpu: bool) -
 
     Raises TypeError or ValueError for anything else.
     """
+    limit = parse_workspace(workspace)
+    return _automatic_workspace(problem, "gpu" if is_gpu else "cpu") if limit is None else limit
+
+
+def parse_workspace(workspace: int | str) -> int | None:
+    """The bytes that ``workspace`` says, or None for "auto". Raises as `resolve_workspace`."""
     if isinstance(workspace, str):
-        if workspace == "auto":
-            return _automatic_workspace(problem, "gpu" if is_gpu else "cpu")
-        return parse_bytes(workspace)
+        return None if workspace == "auto" else parse_bytes(workspace)
     if isinstance(workspace, bool) or not isinstance(workspace, int):
         raise TypeError(f"workspace: expected 'auto', bytes, or a string such as '512MiB', got {workspace!r}")
     if workspace <= 0:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import slime_fused
-from slime_fused.integrations.trl.checks import check_options
 from slime_fused.losses import Formula, as_loss
-from slime_fused.model.calls import FusedLoss, run_in_head
+from slime_fused.model.calls import FusedLogps, FusedLoss, run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.options import check_options
 from slime_fused.model.transform import LogitTransform, find_logit_transform
 
 _GIVEN = ("ref_logps", "ref_token_logps")
@@ -69,33 +69,6 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class FusedReference:
-    """A `HeadCall` that gives the log-prob of every label, without materialising the logits."""
-
-    labels: Tensor
-    """(S, T) or (N,), see `FusedLoss`."""
-    layout: slime_fused.TokenLayout
-    transform: LogitTransform
-    backend: str
-    workspace: int | str
-
-    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """``logps``, in the shape of the labels."""
-        hidden = hidden[:, -self.labels.shape[-1] :]
-        logps = slime_fused.linear_logprobs(
-            hidden[0] if self.labels.dim() == 1 else hidden,
-            weight,
-            self.layout.to(hidden.device),
-            bias=bias,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-        )
-        return {"logps": logps}
-
-
-@dataclass(frozen=True)
 class BatchLoss:
     """A loss of pairs, and where it is computed."""
 
@@ -137,7 +110,7 @@ class BatchLoss:
 
     def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
         """Log-prob of each label, in the shape of `Labels.flat`, without a gradient."""
-        call = FusedReference(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
+        call = FusedLogps(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
         with torch.no_grad():
             return run_in_head(model, inputs, call)["logps"]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,10 @@ class FusedLoss:
     """Statistics to return per token, see ``return_stats`` there."""
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """See `HeadCall` and `as_dict`. Virtual prompt tokens of an adapter precede the labels and are cut off."""
+        """See `HeadCall` and `as_dict`."""
         weight, bias, tp_group = split_head(weight, bias)
-        hidden = hidden[:, -self.labels.shape[-1] :]
         output = slime_fused.preference_loss(
-            hidden[0] if self.labels.dim() == 1 else hidden,
+            at_labels(hidden, self.labels),
             weight,
             self.labels if self.layout is None else self.layout.to(hidden.device),
             loss=self.loss,
@@ -56,6 +56,43 @@ class FusedLoss:
             tp_group=tp_group,
         )
         return as_dict(output)
+
+
+@dataclass(frozen=True)
+class FusedLogps:
+    """A `HeadCall` that gives log-probs of the labels, summed as the policy's are in `FusedLoss`.
+
+    While reference and policy are the same model, their difference is 0 to the bit.
+    """
+
+    labels: Tensor
+    """(S, T) or (N,), see `FusedLoss`."""
+    layout: slime_fused.TokenLayout | None
+    transform: LogitTransform
+    backend: str
+    workspace: int | str
+    reduction: Literal["none", "sum", "mean"] = "none"
+    """Over the labels of each sequence."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        """``logps``: in the shape of the labels, 0 where nothing is predicted, or of each sequence, (S,)."""
+        weight, bias, tp_group = split_head(weight, bias)
+        compute: Callable[..., Tensor] = slime_fused.linear_logprobs
+        if self.reduction != "none":
+            compute = functools.partial(slime_fused.sequence_logprobs, reduction=self.reduction)
+        logps = compute(
+            at_labels(hidden, self.labels),
+            weight,
+            self.labels if self.layout is None else self.layout.to(hidden.device),
+            bias=bias,
+            shift=self.layout is None,
+            logit_scale=self.transform.scale,
+            logit_softcap=self.transform.softcap,
+            backend=self.backend,
+            workspace=self.workspace,
+            tp_group=tp_group,
+        )
+        return {"logps": logps}
 
 
 @dataclass(frozen=True)
@@ -113,14 +150,32 @@ def run_in_head(model: nn.Module, inputs: Mapping[str, Any], call: HeadCall) -> 
     return {**outputs, **exact, "loss": loss + (exact["loss"] - loss).detach()}
 
 
+def at_labels(hidden: Tensor, labels: Tensor) -> Tensor:
+    """``hidden`` (S, T', D) at the positions of ``labels`` (S, T) or (N,): (S, T, D) or (N, D).
+
+    Virtual prompt tokens of an adapter precede them.
+    """
+    hidden = hidden[:, -labels.shape[-1] :]
+    return hidden[0] if labels.dim() == 1 else hidden
+
+
+def naive_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-probs, labels that they are of), (S, T - 1) each, from materialised ``logits`` (S, T', V).
+
+    0 where nothing is predicted. In float32, as careful trainers do; the copy of the logits is part of what this
+    way costs.
+    """
+    targets = labels[:, 1:]
+    logps = torch.log_softmax(logits[:, -labels.shape[1] : -1].float(), dim=-1)
+    logps = logps.gather(-1, targets.masked_fill(targets == -100, 0).unsqueeze(-1)).squeeze(-1)
+    return logps.masked_fill(targets == -100, 0.0), targets
+
+
 def naive_loss(
     logits: Tensor, labels: Tensor, loss: Formula, given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The loss from materialised ``logits`` (S, T, V), by autograd: what training without this package does."""
-    targets = labels[:, 1:]
-    # Summed in float32, as careful trainers do; the copy of the logits is part of what this way costs.
-    logps = torch.log_softmax(logits[:, -labels.shape[1] : -1].float(), dim=-1)
-    logps = logps.gather(-1, targets.masked_fill(targets == -100, 0).unsqueeze(-1)).squeeze(-1)
+    logps, targets = naive_logps(logits, labels)
     return as_dict(reference.preference_terms(logps, targets, loss, given or {}))
 
 

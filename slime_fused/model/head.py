@@ -48,6 +48,7 @@ def attach_head(model: nn.Module) -> None:
     patch_forward(base, _model_forward)
     if _RAN not in base.__dict__:
         setattr(base, _RAN, False)
+        base.register_forward_pre_hook(_forget_head_call)
         base.register_forward_hook(_require_head_call, with_kwargs=True)
 
 
@@ -91,11 +92,14 @@ def _model_forward(
     return result
 
 
+def _forget_head_call(base: Any, args: Any) -> None:
+    """After an exception in the head no forward hook ran."""
+    setattr(base, _RAN, False)
+
+
 def _require_head_call(base: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """A forward put in place of ours takes ``head_call`` for one of the decoder's options, and drops it."""
-    ran = getattr(base, _RAN)
-    setattr(base, _RAN, False)
-    if kwargs.get("head_call") is not None and not ran:
+    if kwargs.get("head_call") is not None and not getattr(base, _RAN):
         raise RuntimeError(
             f"model: the forward of {type(base).__name__} was replaced after attach_head (by "
             f"{base.forward.__module__}), so that the loss does not run in its head; call attach_head again after "

@@ -10,8 +10,8 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from slime_fused.backends import BACKEND_NAMES, resolve_backend
-from slime_fused.engine.workspace import parse_bytes
+from slime_fused.backends import resolve_backend
+from slime_fused.model.options import check_options
 
 logger = logging.get_logger(__name__)
 
@@ -30,13 +30,7 @@ def check_choices(config: Any) -> None:
             f"carries an adapter, got None; {config.full_learning_rate:g} is the default for all weights and "
             f"{config.adapter_learning_rate:g} for an adapter"
         )
-    if config.backend != "auto" and config.backend not in BACKEND_NAMES:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKEND_NAMES}, got {config.backend!r}")
-    limit = config.workspace_limit()
-    if isinstance(limit, str) and limit != "auto":
-        parse_bytes(limit)
-    elif isinstance(limit, int) and limit <= 0:
-        raise ValueError(f"workspace: expected a positive number of bytes, got {limit}")
+    check_options(config.backend, config.workspace_limit())
     if "inputs" in config.include_for_metrics:
         raise ValueError(
             "include_for_metrics: expected no 'inputs', whose rows are responses while predictions are per pair or "

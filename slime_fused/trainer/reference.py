@@ -15,48 +15,16 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import slime_fused
-from slime_fused.model.transform import LogitTransform
+from slime_fused.model.calls import naive_logps
 from slime_fused.trainer.pair_metrics import REFERENCE
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Of a prepared dataset: a reference's log-prob of each response, summed over its tokens."""
 
 
-@dataclass(frozen=True)
-class FusedSums:
-    """A `HeadCall` that gives each sequence's summed log-prob."""
-
-    labels: Tensor
-    """(S, T), see `slime_fused.model.calls.FusedLoss`."""
-    layout: slime_fused.TokenLayout | None
-    transform: LogitTransform
-    backend: str
-    workspace: int | str
-
-    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """``sum_logps`` (S,)."""
-        sums = slime_fused.sequence_logprobs(
-            hidden[:, -self.labels.shape[1] :],
-            weight,
-            self.labels if self.layout is None else self.layout.to(hidden.device),
-            reduction="sum",
-            bias=bias,
-            shift=self.layout is None,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-        )
-        return {"sum_logps": sums}
-
-
 def naive_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """``sum_logps`` (S,) from materialised ``logits`` (S, T, V)."""
-    targets = labels[:, 1:]
-    logps = torch.log_softmax(logits[:, -labels.shape[1] : -1].float(), dim=-1)
-    logps = logps.gather(-1, targets.masked_fill(targets == -100, 0).unsqueeze(-1)).squeeze(-1)
-    return {"sum_logps": logps.masked_fill(targets == -100, 0).sum(-1)}
+    """``logps`` (S,), sums, from materialised ``logits`` (S, T, V)."""
+    return {"logps": naive_logps(logits, labels)[0].sum(-1)}
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from slime_fused.model.calls import FusedLogps
 from slime_fused.trainer.pair_metrics import REFERENCE
 from slime_fused.trainer.reference import (
     REFERENCE_COLUMNS,
-    FusedSums,
     LateReference,
     ReferenceCollator,
     adapter_changes,
@@ -158,10 +158,11 @@ class ReferencePass:
             if not self._has_adapter:  # which the check is to see
                 trainer.check_head_once(model, batch)
             if trainer.args.loss_impl == "naive":
-                return trainer.run_naive(model, batch, lambda logits: naive_sums(logits, labels))["sum_logps"]
+                return trainer.run_naive(model, batch, lambda logits: naive_sums(logits, labels))["logps"]
             args = trainer.args
-            call = FusedSums(labels, batch.get("layout"), trainer.transform, args.backend, args.workspace_limit())
-            return trainer.run_in_head(model, batch, call)["sum_logps"]
+            where = (trainer.transform, args.backend, args.workspace_limit())
+            call = FusedLogps(labels, batch.get("layout"), *where, reduction="sum")
+            return trainer.run_in_head(model, batch, call)["logps"]
 
 
 class _FillWhenPrepared(TrainerCallback):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import slime_fused
 from slime_fused import reference
 from slime_fused.losses import SFT
-from slime_fused.model.calls import FusedLoss
+from slime_fused.model.calls import FusedLoss, at_labels
+from slime_fused.model.sharding import split_head
 from slime_fused.model.transform import LogitTransform
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText
@@ -104,8 +105,9 @@ class FusedCrossEntropy:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """``loss``, and ``stats/*`` in the shape of the labels."""
+        weight, bias, tp_group = split_head(weight, bias)
         told = slime_fused.linear_cross_entropy(
-            hidden[:, -self.labels.shape[1] :],
+            at_labels(hidden, self.labels),
             weight,
             self.labels if self.layout is None else self.layout.to(hidden.device),
             bias=bias,
@@ -118,6 +120,7 @@ class FusedCrossEntropy:
             backend=self.backend,
             workspace=self.workspace,
             return_stats=_STATS,
+            tp_group=tp_group,
         )
         assert told.losses is not None
         assert told.entropy is not None

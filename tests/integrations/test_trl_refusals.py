@@ -67,10 +67,12 @@ def test_a_subclass_with_a_loss_of_its_own(tokenizer, tmp_path):
         enable_slime(make_trainer(tokenizer, tmp_path, cls=Mine))
 
 
-def test_a_hook_that_somebody_else_has_put_there(trainer):
+def test_a_hook_that_somebody_else_has_put_there(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, tmp_path, ref_model="copy")
     trainer._compute_loss = MethodType(lambda self, model, inputs, return_outputs: None, trainer)
     with pytest.raises(ValueError, match=r"got <bound method .* on this trainer; take off what put it there"):
         enable_slime(trainer)
+    assert trainer.ref_model is not None  # what is refused is left as it was
 
 
 def test_training_that_goes_past_the_hook_stops_before_the_first_step(trainer):

@@ -290,6 +290,23 @@ def read_results(folder: Path):
     return torch.load(folder / "gradients.pt"), json.loads((folder / "reports.json").read_text())
 
 
+def test_columns_of_the_reference_stay_exact(tokenizer, tmp_path, monkeypatch):
+    """Under DeepSpeed in 16 bits the base trainer casts every number of a batch."""
+    trainer = make_trainer(tokenizer, tmp_path, ref_model="copy")
+    enable_loss(trainer, sf.losses.DPO(beta=0.3), cache_reference=True)
+    plain = transformers.Trainer._prepare_input
+
+    def rounded(self, data):
+        data = plain(self, data)
+        return data.bfloat16() if isinstance(data, torch.Tensor) and data.is_floating_point() else data
+
+    monkeypatch.setattr(transformers.Trainer, "_prepare_input", rounded)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    prepared = trainer._prepare_inputs(batch)
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert prepared[name].tolist() == batch[name].tolist()
+
+
 @pytest.mark.slow
 def test_two_processes_step_as_one(tmp_path):
     """Gradients, reports and an evaluation of five pairs, of which one process gets one twice; FSDP2 too."""

@@ -28,6 +28,11 @@ class Recorder(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
 
 
+def same_size(prediction) -> dict[str, bool]:
+    """Of the gathered logits and of their batches; the last of five pairs comes twice to two processes."""
+    return {"same_size": len(prediction.predictions) == len(prediction.label_ids)}
+
+
 def train_twice(folder: Path, batch_size: int, accumulation: int, sharding: dict[str, Any] | None = None) -> None:
     """SLIME with means over tokens, then DPO on a cached reference: two steps each, and an evaluation.
 
@@ -47,7 +52,7 @@ def train_twice(folder: Path, batch_size: int, accumulation: int, sharding: dict
             max_steps=2,
             max_grad_norm=1e9,  # reported, and never reached
             ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-            extra={"callbacks": [] if sharding else [recorder]},
+            extra={"callbacks": [] if sharding else [recorder], "compute_metrics": same_size if is_dpo else None},
             **sharded,
         )
         enable_loss(trainer, loss, cache_reference=is_dpo)

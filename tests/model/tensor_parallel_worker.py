@@ -21,9 +21,11 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import AutoModelForCausalLM
 
+from slime_fused.model.calls import FusedLogps, run_in_head
 from slime_fused.model.check import check_head
-from slime_fused.model.head import attach_head
+from slime_fused.model.head import HeadCall, attach_head
 from slime_fused.model.transform import LogitTransform
+from slime_fused.trainer.sft import FusedCrossEntropy
 from tests.model.head_cases import VOCABULARY, fused_loss, gradients_of, text_batch
 from tests.tiny_models import tiny_llama
 
@@ -91,9 +93,27 @@ def measure(kind: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     loss = fused_loss(model, batch)
     grads = gradients_of(model, loss)
     result["loss"] = float(loss)
+    result["calls"] = {name: call(model, batch) for name, call in CALLS.items()}
     result["local rows"] = len(local(grads["lm_head.weight"]))
     result["grads"] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
     return result
+
+
+def run(model: torch.nn.Module, batch: dict[str, Any], call: HeadCall) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        (value,) = (v for k, v in run_in_head(model, inputs, call).items() if k in ("logps", "loss"))
+    return value
+
+
+WHERE = (LogitTransform(), "auto", "auto")
+CALLS = {
+    "none": lambda model, batch: run(model, batch, FusedLogps(batch["labels"], None, *WHERE)),
+    "sum": lambda model, batch: run(model, batch, FusedLogps(batch["labels"], None, *WHERE, reduction="sum")),
+    "mean": lambda model, batch: run(model, batch, FusedLogps(batch["labels"], None, *WHERE, reduction="mean")),
+    "smoothed": lambda model, batch: run(model, batch, FusedCrossEntropy(batch["labels"], None, 0.1, 1e-3, *WHERE)),
+}
+"""What else runs in a head than a loss of preferences."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

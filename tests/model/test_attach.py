@@ -43,6 +43,8 @@ def test_a_loss_that_a_replaced_forward_drops_is_missed():
     batch.pop("labels")
     model = tiny_llama(VOCABULARY)
     attach_head(model)
+    with pytest.raises(ZeroDivisionError):  # after which the guard must be on as before
+        model(**batch, head_call=lambda hidden, weight, bias: 1 / 0)
     patch_as_liger_does(model)
     with pytest.raises(RuntimeError, match=r"LlamaForCausalLM was replaced after attach_head \(by tests.model"):
         model(**batch, head_call=lambda hidden, weight, bias: {"loss": hidden.sum()})

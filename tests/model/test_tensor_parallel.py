@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from slime_fused.model.calls import naive_logps
+from slime_fused.trainer.sft import naive_cross_entropy
 from tests.model.head_cases import gradients_of, loss_of_logits, text_batch
 from tests.model.tensor_parallel_worker import make_model
 from tests.processes import run_processes
@@ -49,11 +51,21 @@ def test_two_processes_as_one(results, kind):
     batch = text_batch()
     expected_loss = loss_of_logits(model, batch)
     expected = gradients_of(model, expected_loss)
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits.detach()
+    logps, targets = naive_logps(logits, batch["labels"])
+    calls = {
+        "none": torch.nn.functional.pad(logps, (0, 1)),
+        "sum": logps.sum(1),
+        "mean": logps.sum(1) / (targets != -100).sum(1),
+        "smoothed": naive_cross_entropy(logits, batch["labels"], 0.1, 1e-3)["loss"],
+    }
     rows = []
     for result in (rank[kind] for rank in ranks):
         assert isinstance(result, dict), result
         assert result["loss"] == pytest.approx(float(expected_loss), rel=1e-9)
         assert result["difference"] < 1e-6
+        for name, value in calls.items():
+            torch.testing.assert_close(result["calls"][name], value.double(), rtol=1e-5, atol=1e-5)
         assert result["grads"].keys() == expected.keys()
         for name, grad in result["grads"].items():
             floor = 1e-9 * float(expected[name].abs().max())

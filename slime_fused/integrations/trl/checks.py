@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from slime_fused.backends import BACKEND_NAMES
-from slime_fused.engine.workspace import parse_bytes
 from slime_fused.losses import KTO, SFT, Formula, PolicyGradient, as_loss
 
 HOOK = "_compute_loss"
@@ -62,16 +60,6 @@ def as_trainable(loss: Any) -> Formula:
             f"loss: expected one that needs nothing but {_AVAILABLE}, got {value.name}, which needs {missing}"
         )
     return value
-
-
-def check_options(backend: str, workspace: int | str) -> None:
-    """Refuse before training what each call of a loss would refuse."""
-    if backend not in ("auto", *BACKEND_NAMES):
-        raise ValueError(f"backend: expected 'auto' or one of {BACKEND_NAMES}, got {backend!r}")
-    if isinstance(workspace, str) and workspace != "auto":
-        parse_bytes(workspace)
-    elif not isinstance(workspace, str) and (isinstance(workspace, bool) or int(workspace) <= 0):
-        raise ValueError(f"workspace: expected a positive number of bytes, got {workspace!r}")
 
 
 def check_trainer(trainer: Any) -> None:

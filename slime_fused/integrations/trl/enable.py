@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from slime_fused.engine.units import Pairs, UnitTerms
-from slime_fused.integrations.trl.checks import as_trainable, check_options, check_trainer
+from slime_fused.integrations.trl.checks import as_trainable, check_trainer
 from slime_fused.integrations.trl.hook import LossHook
 from slime_fused.integrations.trl.reference import ReferenceLogProbs
 from slime_fused.losses import Formula, Slime
 from slime_fused.model.head import attach_head
+from slime_fused.model.options import check_options
 
 if TYPE_CHECKING:
     from trl.trainer.dpo_trainer import DPOTrainer

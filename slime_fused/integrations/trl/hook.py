@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from slime_fused.integrations.trl.checks import HOOK, check_batch
 from slime_fused.integrations.trl.metrics import STATISTICS, WeightedMeans, measured
-from slime_fused.integrations.trl.reference import ReferenceLogProbs, split_batch
+from slime_fused.integrations.trl.reference import COLUMNS, ReferenceLogProbs, split_batch
 from slime_fused.losses import Formula, Slime
 from slime_fused.losses.pairwise import PairFormula
 from slime_fused.model.calls import FusedLoss, run_in_head
@@ -24,7 +24,7 @@ from slime_fused.model.check import HeadMismatchError, check_head
 from slime_fused.model.head import unwrap_peft
 from slime_fused.model.transform import find_logit_transform
 
-_METHODS = (HOOK, "get_batch_samples", "log")
+_METHODS = (HOOK, "get_batch_samples", "log", "_prepare_inputs")
 """What is replaced on the trainer, as attributes of the instance."""
 
 _PAPER = {
@@ -60,25 +60,26 @@ class LossHook:
 
     @classmethod
     def of(cls, trainer: Any) -> LossHook | None:
-        """That of a trainer that has one."""
-        hook = getattr(vars(trainer).get(HOOK), "__self__", None)
-        return hook if isinstance(hook, cls) else None
+        """That of a trainer that has one.
 
-    def install(self) -> None:
-        """Put it into the trainer.
-
-        Raises ValueError where somebody else has put something there.
+        Raises ValueError where somebody else has put something in its place.
         """
-        trainer = self._trainer
-        if HOOK in vars(trainer):
+        hook = getattr(vars(trainer).get(HOOK), "__self__", None)
+        if HOOK in vars(trainer) and not isinstance(hook, cls):
             raise ValueError(
                 f"trainer: expected the {HOOK} of trl.DPOTrainer, got {vars(trainer)[HOOK]!r} on this trainer; "
                 "take off what put it there"
             )
+        return hook
+
+    def install(self) -> None:
+        """Put it into the trainer."""
+        trainer = self._trainer
         self._plain = {name: getattr(trainer, name) for name in _METHODS}
         trainer._compute_loss = self.compute_loss
         trainer.get_batch_samples = self.get_batch_samples
         trainer.log = self.log
+        trainer._prepare_inputs = self.prepare_inputs
         trainer.use_liger_kernel = False  # up to TRL 1.13 it takes another way to another loss
         if getattr(trainer.args, "use_liger_kernel", False):
             # This one replaces the model's forward when training starts, and the head's hook with it.
@@ -104,12 +105,19 @@ class LossHook:
             self._window = self._sum(torch.stack(counts).sum(0))
         return samples, num_items
 
+    def prepare_inputs(self, inputs: Any) -> Any:
+        """A batch on the device, with the reference's log-probs as they are: DeepSpeed would round them."""
+        prepared = self._plain["_prepare_inputs"](inputs)
+        exact = {name: inputs[name] for name in COLUMNS if name in inputs}
+        return {**prepared, **{name: value.to(prepared[name].device) for name, value in exact.items()}}
+
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         """The loss of one micro-batch, weighted for an exact mean over the step's micro-batches and processes."""
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
         self.calls[mode] += 1
-        inputs, num_pairs = self._without_repeats(_checked(inputs), mode)
+        whole_inputs = _checked(inputs)
+        inputs, num_pairs = self._without_repeats(whole_inputs, mode)
         model_inputs, labels = split_batch(trainer, inputs)
         self._check_head(model, model_inputs, labels)
         counts = self._counts(labels)
@@ -133,8 +141,10 @@ class LossHook:
             total = total * shares[3 if loss.unit == "token" else 0].to(total.dtype)
         if not return_outputs:
             return total
-        with torch.no_grad():  # as TRL does: the logits that compute_metrics wants take a forward of their own
-            return total, model(**model_inputs)
+        # As TRL does: the logits that compute_metrics wants take a forward of their own. Repeated pairs are among
+        # them: processes gather tensors of one size, and whoever gathers drops what is repeated.
+        with torch.no_grad():
+            return total, model(**split_batch(trainer, whole_inputs)[0])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         """Adds the means since the last report, under TRL's names; `evaluate` returns them, too."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,46 +12,17 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import slime_fused
 from slime_fused.integrations.trl.placeholder import NoReference
 from slime_fused.losses import Formula
+from slime_fused.model.calls import FusedLogps
 from slime_fused.model.head import attach_head, unwrap_peft
-from slime_fused.model.transform import LogitTransform, find_logit_transform
+from slime_fused.model.transform import find_logit_transform
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """TRL's names for summed log-probs in a dataset and a batch."""
 
 _ADAPTER = "ref"
 """TRL's name for the copy that it makes of a pre-trained adapter."""
-
-
-@dataclass(frozen=True)
-class _LogProbs:
-    """A `HeadCall`: log-probs of the labels, which are not shifted yet."""
-
-    labels: Tensor
-    """(S, T): -100 on prompt and padding."""
-    transform: LogitTransform
-    backend: str
-    workspace: int | str
-    per_token: bool
-
-    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        """``logps`` (S, T), 0 where nothing is predicted, or their sums (S,)."""
-        # Summed as the policy's are: while both are the same model their difference is 0 to the bit.
-        compute = slime_fused.linear_logprobs if self.per_token else slime_fused.sequence_logprobs
-        logps = compute(
-            hidden[:, -self.labels.shape[1] :],
-            weight,
-            self.labels,
-            bias=bias,
-            shift=True,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-        )
-        return {"logps": logps}
 
 
 class ReferenceLogProbs:
@@ -163,7 +133,8 @@ class ReferenceLogProbs:
             )
         model = trainer.model if self._separate is None else self._separate
         config = unwrap_peft(trainer.accelerator.unwrap_model(model)).config
-        call = _LogProbs(labels, find_logit_transform(config), self._backend, self._workspace, per_token)
+        where = (find_logit_transform(config), self._backend, self._workspace)
+        call = FusedLogps(labels, None, *where, reduction="none" if per_token else "sum")
         was_training = model.training
         # A model of its own was put into this mode by TRL; the policy's dropout must not make the reference random.
         model.eval()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import slime_fused
+from slime_fused.model.options import check_options
 
 _MODULE = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"
@@ -265,15 +266,10 @@ def _require_unreplaced(utils: ModuleType) -> None:
 
 
 def _check_options(backend: str, workspace: int | str) -> None:
-    available = slime_fused.available_backends()
-    if backend != "auto" and backend not in available:
-        raise ValueError(f"backend: expected 'auto' or one of {tuple(available)}, got {backend!r}")
-    reason = available.get(backend)
+    check_options(backend, workspace)
+    reason = slime_fused.available_backends().get(backend)
     if reason is not None:
         raise ValueError(f"backend: expected one that runs here, got {backend!r}: {reason}")
-    # The smallest problem: refuses a workspace that it cannot read.
-    one = torch.zeros(1, 1)
-    slime_fused.explain_plan(one, one, torch.zeros(1, dtype=torch.int64), loss="token", workspace=workspace)
 
 
 def _refuse_zero3(weight: Tensor) -> None:
