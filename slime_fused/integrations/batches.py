@@ -6,7 +6,8 @@ the P rejected ones; labels are -100 on prompt and padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,9 +18,11 @@ import slime_fused
 from slime_fused.losses import Formula, as_loss
 from slime_fused.model.calls import FusedLogps, FusedLoss, run_in_head
 from slime_fused.model.check import check_head
-from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.head import attach_head
 from slime_fused.model.options import check_options
+from slime_fused.model.terms import find_token_mean, logged_term
 from slime_fused.model.transform import LogitTransform, find_logit_transform
+from slime_fused.model.wrappers import unwrap_module, unwrap_peft
 
 _GIVEN = ("ref_logps", "ref_token_logps")
 """What a loss may need: the trainer's batch and its reference model give no more."""
@@ -109,21 +112,54 @@ class BatchLoss:
         return run_in_head(model, inputs, call)
 
     def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
-        """Log-prob of each label, in the shape of `Labels.flat`, without a gradient."""
+        """Log-prob of each label, in the shape of `Labels.flat`, without a gradient and without dropout."""
         call = FusedLogps(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):
             return run_in_head(model, inputs, call)["logps"]
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
-        """See `check_head`; of the first sequence."""
-        ids, own = inputs["input_ids"][0], labels.values[0]
+        """See `check_head`; of packed sequences the first with a label to predict.
+
+        Where every response was cut off, other tokens tell as much.
+        """
+        ids, values, counts = inputs["input_ids"], labels.values, labels.counts()
+        mask = inputs.get("attention_mask")
+        if not counts.any():
+            values = ids if mask is None else ids.masked_fill(mask == 0, -100)
+        batch = {name: value for name, value in inputs.items() if name != "use_cache"} | {"labels": values}
         if labels.cu_seqlens is not None:
-            ids, own = ids[: labels.cu_seqlens[1]], own[: labels.cu_seqlens[1]]
-        elif inputs.get("attention_mask") is not None:
-            is_token = inputs["attention_mask"][0].bool()
-            ids, own = ids[is_token], own[is_token]
-        row = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "labels": own[None]}
-        check_head(model, row, _transform(model), self.backend, self.workspace)
+            row = int((counts > 0).int().argmax())
+            start, end = labels.cu_seqlens[row : row + 2].tolist()
+            ids, values = ids[:, start:end], values[:, start:end]
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": values}
+        check_head(model, batch, _transform(model), self.backend, self.workspace)
+
+    def check_reference(self, model: Any, ref_model: Any) -> None:
+        """Refuse a loss with a reference where there is no ``ref_model`` and no adapter of PEFT to switch off.
+
+        Raises ValueError: the policy would be its own reference.
+        """
+        if self.needs_reference and ref_model is None and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                f"ref_model: expected a model, since {self.loss.name} needs a reference and {type(model).__name__} "
+                "has no adapter to switch off, got None: the policy would be its own reference"
+            )
+
+    def check_step(self, args: Any) -> None:
+        """Refuse a mean over all tokens where ``args`` (`TrainingArguments`) cuts a step into several batches.
+
+        These trainers take the mean over the batches, each of which would be a mean over its own tokens.
+        Raises ValueError naming the hyperparameter.
+        """
+        mean = find_token_mean(self.loss)
+        num_batches = args.gradient_accumulation_steps * args.world_size
+        if mean is not None and getattr(self.loss, mean.weight) and num_batches > 1:
+            raise ValueError(
+                f"{mean.reduction}: expected 'sequence', got 'token' with gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} and {args.world_size} process(es): every batch would have a "
+                "token mean of its own, which is not that of the step; set it to 'sequence', or train with one "
+                "batch per step"
+            )
 
 
 def attach(*models: nn.Module | None) -> None:
@@ -131,6 +167,20 @@ def attach(*models: nn.Module | None) -> None:
     for model in models:
         if model is not None:
             attach_head(model)
+
+
+@contextmanager
+def lora_dropout_kept(model: nn.Module) -> Iterator[None]:
+    """Leaves LoRA's dropout as it was set, where a trainer's constructor switches all dropout off."""
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if "lora_dropout" in name.split(".") and isinstance(layer, nn.Dropout)
+    ]
+    rates = [layer.p for layer in layers]
+    yield
+    for layer, rate in zip(layers, rates, strict=True):
+        layer.p = rate
 
 
 def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels, loss: Formula) -> dict[str, Tensor]:
@@ -152,7 +202,7 @@ def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels, loss: Formula) -
         "logps/rejected": (rejected * rejected_counts).mean(),
         "mean_logps/chosen": chosen.mean(),
         "mean_logps/rejected": rejected.mean(),
-        **{f"{loss.name.lower()}/{name}": outputs[f"terms/{name}"] for name in loss.term_names},
+        **{logged_term(loss, name): outputs[f"terms/{name}"] for name in loss.term_names},
     }
     for side, logits in zip(("chosen", "rejected"), labels.halves(outputs["stats/mean_logit"]), strict=True):
         metrics[f"logits/{side}"] = logits.mean()
@@ -168,6 +218,17 @@ def total_loss(outputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _transform(model: Any) -> LogitTransform:
-    while not hasattr(model, "config"):
-        model = model.module
-    return find_logit_transform(unwrap_peft(model).config)
+    # A DeepSpeed engine has a config, too: its own.
+    return find_logit_transform(unwrap_peft(unwrap_module(model)).config)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -51,11 +51,14 @@ def describe_versions(*packages: str) -> str:
 
 
 def refuse_settings(owner: Any, unused: dict[str, Any], reason: str) -> None:
-    """Refuse settings of ``owner`` that have another value than their ``unused`` one.
+    """Refuse settings of ``owner`` that have another value than their ``unused`` one; None is no value.
 
+    Enumerations count as their values, and lists of one as that one: releases of TRL differ in it.
     Raises ValueError naming the setting.
     """
     for name, value in unused.items():
-        got = getattr(owner, name, value)
-        if got != value:
+        got = getattr(owner, name, None)
+        got = got[0] if isinstance(got, list) and len(got) == 1 else got
+        got = getattr(got, "value", got)
+        if got is not None and got != value:
             raise ValueError(f"{name}: expected {value!r}, got {got!r}: {reason}")

@@ -12,25 +12,43 @@ From the command line, with entries of one's own in the file that LLaMA-Factory 
 or in Python, before `llamafactory.train.tuner.run_exp`: ``enable_loss(slime_fused.losses.Slime())``.
 
 The loss runs in the model's head, so that the logits are never materialised, and a loss that needs no reference
-model loads none. Read and run with LLaMA-Factory 0.9.5 (TRL 0.24).
+model loads none. ``lora_dropout`` (0 by default) acts, where LLaMA-Factory's own DPO trainer switches all dropout
+off. A mean over a batch's tokens (``slime_stabilizer_reduction`` or ``slime_nll_reduction`` "token", CPO's default)
+needs one process and no gradient accumulation. Read and run with LLaMA-Factory 0.9.5 (TRL 0.24).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from slime_fused.integrations.batches import BatchLoss, Labels, attach, pair_metrics, total_loss
+from slime_fused.integrations.batches import (
+    BatchLoss,
+    Labels,
+    attach,
+    lora_dropout_kept,
+    pair_metrics,
+    total_loss,
+)
 from slime_fused.integrations.hooks import refuse_settings, require_caller, require_method
 from slime_fused.integrations.settings import PREFIX, read_settings
 
 _PACKAGE = "llamafactory"
-_IGNORED = {"pref_ftx": 0.0, "pref_bco_weight": 0.0, "dpo_label_smoothing": 0.0, "ld_alpha": None}
+_IGNORED = {
+    "pref_beta": 0.1,
+    "simpo_gamma": 0.5,
+    "pref_ftx": 0.0,
+    "pref_bco_weight": 0.0,
+    "dpo_label_smoothing": 0.0,
+    "ld_alpha": None,
+}
 """Settings that change LLaMA-Factory's own losses, at their defaults."""
+
+_REPLACED = {"pref_loss": "slime_loss", "pref_beta": "slime_beta", "simpo_gamma": "slime_gamma"}
+"""What stands for them in a configuration file."""
 
 
 def enable_loss(
@@ -38,19 +56,15 @@ def enable_loss(
 ) -> type:
     """From now on, `CustomDPOTrainer` computes ``loss``; returns the class that does.
 
-    A second call replaces the first. The first batch's log-probs are compared with the model's own logits unless
-    ``check_head`` is False.
-
-    Args:
-        loss: a value of `slime_fused.losses`, or a function of pairs.
-        backend: see `slime_fused.preference_loss`.
-        workspace: see there.
+    A second call replaces the first. Arguments as `BatchLoss.of` takes them; the first batch's log-probs are
+    compared with the model's own logits (`slime_fused.model.check`) unless ``check_head`` is False.
 
     Raises:
         HookError: LLaMA-Factory or TRL below it has not the methods that this overrides.
-        TypeError, ValueError: the loss is none of pairs. When the trainer is made: ``pref_loss`` is such that a
-            reference model would be loaded for nothing or be missing, or a setting would be ignored; the head
-            cannot be fused (see `slime_fused.model.head.attach_head`).
+        TypeError, ValueError: see `BatchLoss.of`. When the trainer is made: ``pref_loss`` is such that a reference
+            model would be loaded for nothing or be missing, a setting would be ignored, the loss is none of a step
+            in several batches (`BatchLoss.check_step`), or the head cannot be fused
+            (`slime_fused.model.head.attach_head`).
     """
     batch_loss = BatchLoss.of(loss, backend, workspace)
     from llamafactory.train.dpo import trainer as module
@@ -69,9 +83,12 @@ def enable_loss(
 
         def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> None:
             _check_arguments(finetuning_args, batch_loss)
+            batch_loss.check_reference(model, ref_model)
+            batch_loss.check_step(kwargs["args"])
             attach(model, ref_model)  # before the base class shards them
             self._head_is_checked = not check_head
-            super().__init__(model, ref_model, finetuning_args, *args, **kwargs)
+            with lora_dropout_kept(model):
+                super().__init__(model, ref_model, finetuning_args, *args, **kwargs)
 
         def get_batch_loss_metrics(
             self, model: Any, batch: Mapping[str, Tensor], train_eval: str = "train"
@@ -107,8 +124,9 @@ def train(config: Mapping[str, Any], callbacks: Sequence[Any] | None = None) -> 
     plain = {name: value for name, value in config.items() if not name.startswith(PREFIX)}
     if plain.get("stage") != "dpo":
         raise ValueError(f"stage: expected 'dpo', got {plain.get('stage')!r}")
-    if "pref_loss" in plain:
-        raise ValueError(f"pref_loss: slime_loss takes its place; expected none, got {plain['pref_loss']!r}")
+    for name, own in _REPLACED.items():
+        if name in plain:
+            raise ValueError(f"{name}: {own} takes its place; expected none, got {plain[name]!r}")
     for name in ("use_ray", "use_mca"):
         if plain.get(name):
             raise ValueError(f"{name}: expected false: its trainer is another, or runs where this loss is unknown")
@@ -146,7 +164,7 @@ def _check_arguments(finetuning_args: Any, batch_loss: BatchLoss) -> None:
             f"pref_loss: expected {_pref_loss(batch_loss)!r}, since {batch_loss.loss.name} {needs} and this "
             f"decides whether LLaMA-Factory loads one; got {finetuning_args.pref_loss!r}"
         )
-    reason = f"{batch_loss.loss.name} would ignore it; give the loss its own hyperparameters"
+    reason = f"{batch_loss.loss.name} would ignore it; leave it out and give the loss its own hyperparameters"
     refuse_settings(finetuning_args, _IGNORED, reason)
 
 
@@ -157,8 +175,7 @@ def _reference_logps(
         return None
     if trainer.ref_model is not None:
         return batch_loss.reference(trainer.ref_model, inputs, labels)
-    adapted = trainer.accelerator.unwrap_model(model)
-    with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
+    with trainer.accelerator.unwrap_model(model).disable_adapter():
         return batch_loss.reference(model, inputs, labels)
 
 

@@ -11,8 +11,10 @@ ms-swift imports files that its ``external_plugins`` name; one line in such a fi
     swift rlhf --rlhf_type dpo --external_plugins slime_plugin.py ...
 
 The loss runs in the model's head, so that the logits are never materialised, and a loss that needs no reference
-model loads none. Padded batches and padding-free ones (packing included). Read and run with ms-swift 4.6.0 (TRL
-0.29.1), padding-free without flash-attention's kernels, for which ms-swift asks.
+model loads none. ``lora_dropout`` (0.05 by default) acts, where ms-swift's own DPO trainer switches all dropout
+off. A mean over a batch's tokens (``stabilizer_reduction`` or ``nll_reduction`` "token", CPO's default) needs one
+process and no gradient accumulation. Padded batches and padding-free ones (packing included). Read and run with
+ms-swift 4.6.0 (TRL 0.29.1), padding-free without flash-attention's kernels, for which ms-swift asks.
 """
 
 from __future__ import annotations
@@ -23,11 +25,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime_fused.integrations.batches import BatchLoss, Labels, attach, pair_metrics, total_loss
+from slime_fused.integrations.batches import (
+    BatchLoss,
+    Labels,
+    attach,
+    lora_dropout_kept,
+    pair_metrics,
+    total_loss,
+)
 from slime_fused.integrations.hooks import refuse_settings, require_caller, require_method
 
 _PACKAGE = "ms-swift"
-_IGNORED = {"rpo_alpha": None, "ld_alpha": None, "label_smoothing": 0, "loss_weights": None}
+_IGNORED = {
+    "beta": 0.1,
+    "loss_type": "sigmoid",
+    "loss_weights": None,
+    "label_smoothing": 0,
+    "f_divergence_type": "reverse_kl",
+    "reference_free": False,
+    "rpo_alpha": None,
+    "ld_alpha": None,
+}
 """Arguments that change ms-swift's own losses, at their defaults."""
 
 
@@ -36,19 +54,8 @@ def enable_loss(
 ) -> type:
     """From now on, ``rlhf_type: dpo`` trains ``loss``; returns the trainer class that does.
 
-    A second call replaces the first. The first batch's log-probs are compared with the model's own logits unless
-    ``check_head`` is False.
-
-    Args:
-        loss: a value of `slime_fused.losses`, or a function of pairs.
-        backend: see `slime_fused.preference_loss`.
-        workspace: see there.
-
-    Raises:
-        HookError: ms-swift or TRL below it has not the methods that this overrides.
-        TypeError, ValueError: the loss is none of pairs. When training is set up: another ``rlhf_type``, sequence
-            parallelism, a router's loss, or an argument that would be ignored; the head cannot be fused (see
-            `slime_fused.model.head.attach_head`).
+    Arguments, and what they raise, as for `slime_fused.integrations.llama_factory.enable_loss`; when training is
+    set up, ValueError also for another ``rlhf_type``, sequence parallelism and a router's loss.
     """
     batch_loss = BatchLoss.of(loss, backend, workspace)
     import swift.rlhf_trainers as package
@@ -70,11 +77,15 @@ def enable_loss(
         _slime_plain = plain
 
         def __init__(self, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
-            reason = f"{batch_loss.loss.name} would ignore it; give the loss its own hyperparameters"
+            name = batch_loss.loss.name
+            reason = f"{name} would ignore it; leave it out and give the loss its own hyperparameters"
             refuse_settings(kwargs["args"], _IGNORED, reason)
+            batch_loss.check_step(kwargs["args"])
+            batch_loss.check_reference(model, ref_model)
             attach(model, ref_model)  # before the base class shards them
             self._head_is_checked = not check_head
-            super().__init__(model, ref_model, *args, **kwargs)
+            with lora_dropout_kept(model):
+                super().__init__(model, ref_model, *args, **kwargs)
             _check_trainer(self)
 
         def get_batch_loss_metrics(

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from slime_fused.losses import KTO, Formula, Slime
+from slime_fused.model.terms import logged_term
 
 REFERENCE = "ref_sum_logps"
 """Of a batch and of its outputs: (2P,) a reference's summed log-probs, of the chosen responses first."""
-
-_SHORT = {"margin_loss": "margin"}
-"""Terms that are logged under another name than the loss's own."""
 
 _SIDES = ("chosen", "rejected")
 
@@ -43,11 +41,6 @@ class PairCounts:
         lengths = (labels[:, 1:] != -100).sum(1).double()
         chosen, rejected = lengths.chunk(2)
         return cls(lengths.new_tensor(len(chosen)), chosen.sum(), rejected.sum(), lengths)
-
-
-def logged_term(loss: Formula, term: str) -> str:
-    """The name under which a term of ``loss`` is logged."""
-    return f"{loss.name.lower()}/{_SHORT.get(term, term)}"
 
 
 def unit_means(loss: Formula, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from slime_fused.losses import KTO, Slime
+from slime_fused.losses import KTO
 from slime_fused.losses.base import Formula
-from slime_fused.losses.pairwise import PairFormula
-
-
-@dataclass(frozen=True)
-class TokenMean:
-    """A term of a loss that is a mean over all tokens of one side of the batch."""
-
-    term: str
-    """Its name among the loss's terms."""
-    weight: str
-    """The loss's hyperparameter that multiplies it."""
-    side: Literal["chosen", "rejected"]
-
-
-def find_token_mean(loss: Formula) -> TokenMean | None:
-    """That of ``loss``, if it has one."""
-    if isinstance(loss, Slime):
-        return TokenMean("stabilizer", "lambda_l", "rejected") if loss.stabilizer_reduction == "token" else None
-    if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
-        return TokenMean("nll", "nll_weight", "chosen")
-    return None
+from slime_fused.model.terms import TokenMean
 
 
 def check_needs(loss: Formula) -> None:

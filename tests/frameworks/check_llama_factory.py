@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from slime_fused.losses import DPO, SFT, SimPO, Slime
-from tests.frameworks.support import plain_loss, save_model, save_pairs, watch_steps
+from tests.frameworks.support import plain_loss, save_model, save_pairs, watch_dropout, watch_steps
 
 if importlib.util.find_spec("torchaudio") is None:
     # Imported for audio inputs, of which there are none; its wheel needs CUDA's libraries (see the requirements).
@@ -76,12 +76,13 @@ def reference_model(trainer):
 
 def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(settings, monkeypatch):
     losses = watch_steps(monkeypatch, lambda trainer, batch: plain_loss(trainer.model, batch, Slime()))
+    settings["lora_dropout"] = 0.0  # the reference would drop others
     llama_factory.main(["train", str(RECIPE), *(f"{name}={value}" for name, value in settings.items())])
     logged = history(settings)
     assert len(losses) == len(logged) == 3
     for loss, entry in zip(losses, logged, strict=True):
         assert entry["loss"] == pytest.approx(loss, abs=1e-4)  # rounded to four digits
-        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin", "stabilizer"))
         assert parts == pytest.approx(loss, rel=1e-5)
         assert entry["rewards/margins"] == pytest.approx(
             entry["mean_logps/chosen"] - entry["mean_logps/rejected"], abs=1e-6
@@ -92,6 +93,14 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
 
     with safe_open(str(Path(settings["output_dir"]) / "adapter_model.safetensors"), "pt") as adapter:
         assert any("lm_head" in name for name in adapter.keys())  # noqa: SIM118
+
+
+def test_the_recipes_dropout_acts(settings, monkeypatch):
+    """LLaMA-Factory's own trainer sets it to 0."""
+    seen = watch_dropout(monkeypatch)
+    settings["max_steps"] = 1
+    llama_factory.main(["train", str(RECIPE), *(f"{name}={value}" for name, value in settings.items())])
+    assert seen == [{0.05}]
 
 
 @pytest.mark.parametrize("finetuning_type", ["lora", "full"])
@@ -142,7 +151,7 @@ def test_evaluation(settings):
     llama_factory.train({**config, "finetuning_type": "lora", "slime_loss": "slime", "max_steps": 1})
     results = json.loads((Path(settings["output_dir"]) / "eval_results.json").read_text())
     assert results["eval_loss"] == pytest.approx(
-        sum(results[f"eval_slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer")), rel=1e-4
+        sum(results[f"eval_slime/{name}"] for name in ("anchor", "margin", "stabilizer")), rel=1e-4
     )
 
 
@@ -151,6 +160,15 @@ def test_evaluation(settings):
     [
         ({"stage": "sft"}, "stage: expected 'dpo', got 'sft'"),
         ({"pref_loss": "simpo"}, "pref_loss: slime_loss takes its place"),
+        (
+            {"slime_loss": "dpo", "pref_beta": 0.3},
+            r"pref_beta: slime_beta takes its place; expected none, got 0\.3",
+        ),
+        ({"slime_loss": "simpo", "simpo_gamma": 1.0}, "simpo_gamma: slime_gamma takes its place"),
+        (
+            {"slime_stabilizer_reduction": "token", "gradient_accumulation_steps": 2},
+            "stabilizer_reduction: expected 'sequence', got 'token' with gradient_accumulation_steps=2",
+        ),
         ({"use_ray": True}, "use_ray: expected false"),
         ({"pref_ftx": 0.5}, "pref_ftx: expected 0.0, got 0.5: Slime would ignore it"),
         ({"slime_loss": "grpo"}, "slime_loss: expected one of slime, dpo, simpo, cpo, orpo, alphapo, got 'grpo'"),
@@ -162,6 +180,25 @@ def test_refusals(settings, entries, message):
     config = {**settings, "stage": "dpo", "do_train": True, "finetuning_type": "lora", "report_to": "none"}
     with pytest.raises(ValueError, match=message):
         llama_factory.train({**config, **entries})
+
+
+@pytest.mark.parametrize(("name", "value"), [("pref_beta", 0.3), ("simpo_gamma", 1.0)])
+def test_hyperparameters_of_its_own_losses_are_refused_in_python(settings, name, value):
+    from llamafactory.train.tuner import run_exp
+
+    llama_factory.enable_loss(SimPO())
+    config = {**settings, "stage": "dpo", "do_train": True, "finetuning_type": "lora", "report_to": "none"}
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}: SimPO would ignore it; leave it out"):
+        run_exp({**config, "pref_loss": "simpo", name: value})
+
+
+def test_a_policy_that_would_be_its_own_reference_is_refused(settings, monkeypatch):
+    import llamafactory.train.dpo.workflow as workflow
+
+    monkeypatch.setattr(workflow, "create_ref_model", lambda *args, **kwargs: None)
+    config = {**settings, "stage": "dpo", "do_train": True, "finetuning_type": "full", "report_to": "none"}
+    with pytest.raises(ValueError, match="ref_model: expected a model, since DPO needs a reference and Llama"):
+        llama_factory.train({**config, "slime_loss": "dpo"})
 
 
 def test_a_reference_model_that_would_be_loaded_for_nothing_is_refused(settings):

@@ -16,7 +16,7 @@ from swift.rlhf_trainers import dpo_trainer
 import slime_fused.integrations.swift as integration
 from slime_fused.integrations.hooks import HookError
 from slime_fused.losses import DPO, SimPO, Slime
-from tests.frameworks.support import plain_loss, save_model, save_pairs, watch_steps
+from tests.frameworks.support import plain_loss, save_model, save_pairs, watch_dropout, watch_steps
 
 ROOT = Path(__file__).parents[2]
 PLAIN = dpo_trainer.DPOTrainer
@@ -119,7 +119,7 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
     assert len(losses) == len(logged) == 3
     for loss, entry in zip(losses, logged, strict=True):
         assert entry["loss"] == pytest.approx(loss, rel=1e-5)
-        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+        parts = sum(entry[f"slime/{name}"] for name in ("anchor", "margin", "stabilizer"))
         assert parts == pytest.approx(loss, rel=1e-5)
         assert entry["rewards/margins"] == pytest.approx(
             entry["mean_logps/chosen"] - entry["mean_logps/rejected"], abs=1e-6
@@ -127,12 +127,25 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
     assert losses[-1] < losses[0]
 
 
+def test_the_recipes_dropout_acts(settings, monkeypatch, tmp_path):
+    """ms-swift's own trainer sets it to 0, by a default of TRL's that its command line cannot change."""
+    monkeypatch.chdir(ROOT)
+    recipe = yaml.safe_load((ROOT / "recipes" / "ms_swift.yaml").read_text())
+    changed = tmp_path / "recipe.yaml"
+    changed.write_text(yaml.safe_dump({**recipe, **settings, "max_steps": 1}))
+    argv = [str(changed)]
+    parse_yaml_args(argv)
+    seen = watch_dropout(monkeypatch)
+    rlhf_main(argv)
+    assert seen == [{0.05}]
+
+
 @pytest.mark.parametrize("tuner_type", ["lora", "full"])
 @pytest.mark.parametrize("loss", [DPO(beta=0.2), SimPO(beta=2.0, gamma=0.3)], ids=["dpo", "simpo"])
 def test_other_losses_with_and_without_a_reference(settings, monkeypatch, loss, tuner_type):
     integration.enable_loss(loss)
     losses = watch_steps(monkeypatch, expected_of(loss, ref_models := []))
-    rlhf_main(arguments({**settings, "tuner_type": tuner_type}))
+    rlhf_main(arguments({**settings, "tuner_type": tuner_type, "lora_dropout": 0.0}))
     has_reference_model = isinstance(loss, DPO) and tuner_type == "full"
     assert [model is not None for model in ref_models] == [has_reference_model] * 3
     if isinstance(loss, DPO):
@@ -163,7 +176,7 @@ def test_evaluation(settings):
     rlhf_main(arguments({**settings, **extra, "tuner_type": "lora"}))
     lines = (Path(settings["output_dir"]) / "logging.jsonl").read_text().splitlines()
     (entry,) = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
-    parts = sum(entry[f"eval_slime/{name}"] for name in ("anchor", "margin_loss", "stabilizer"))
+    parts = sum(entry[f"eval_slime/{name}"] for name in ("anchor", "margin", "stabilizer"))
     assert entry["eval_loss"] == pytest.approx(parts, rel=1e-4)
 
 
@@ -174,7 +187,7 @@ def test_padding_free_batches_equal_padded_ones(settings, loss, scaled):
     GPU; here `transformers` makes the mask that keeps them apart.
     """
     integration.enable_loss(loss)
-    trainer = make_trainer({**settings, "tuner_type": "lora", "max_steps": 1})
+    trainer = make_trainer({**settings, "tuner_type": "lora", "lora_dropout": 0.0, "max_steps": 1})
     torch.manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -223,6 +236,8 @@ def make_trainer(settings):
     ("entries", "message"),
     [
         ({"rpo_alpha": 0.5}, "rpo_alpha: expected None, got 0.5: Slime would ignore it"),
+        ({"beta": 0.3}, r"beta: expected 0\.1, got 0\.3: Slime would ignore it; leave it out"),
+        ({"loss_type": "ipo"}, "loss_type: expected 'sigmoid', got 'ipo': Slime would ignore it"),
         ({"rlhf_type": "orpo"}, "rlhf_type: expected 'dpo', whose trainer Slime takes over, got 'orpo'"),
     ],
 )
@@ -230,6 +245,37 @@ def test_refusals(settings, entries, message):
     integration.enable_loss(Slime())
     with pytest.raises(ValueError, match=message):
         rlhf_main(arguments({**settings, "tuner_type": "lora", **entries}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("f_divergence_type", "js_divergence"), ("reference_free", True), ("loss_type", ["ipo"])],
+)
+def test_arguments_that_only_python_can_set_are_refused(settings, monkeypatch, name, value):
+    integration.enable_loss(Slime())
+    fused = dpo_trainer.DPOTrainer
+    plain_init = fused.__init__
+
+    def init(self, *args, **kwargs):
+        setattr(kwargs["args"], name, value)
+        plain_init(self, *args, **kwargs)
+
+    monkeypatch.setattr(fused, "__init__", init)
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got .*: Slime would ignore it"):
+        make_trainer({**settings, "tuner_type": "lora"})
+
+
+def test_means_over_tokens_are_refused_where_a_step_has_several_batches(settings):
+    integration.enable_loss(Slime(stabilizer_reduction="token"))
+    with pytest.raises(ValueError, match="stabilizer_reduction: expected 'sequence', got 'token'"):
+        make_trainer({**settings, "tuner_type": "lora", "gradient_accumulation_steps": 2})
+
+
+def test_a_policy_that_would_be_its_own_reference_is_refused(settings, monkeypatch):
+    integration.enable_loss(DPO())
+    monkeypatch.setattr(SwiftRLHF, "_get_trainer_kwargs", lambda self: {})
+    with pytest.raises(ValueError, match="ref_model: expected a model, since DPO needs a reference and Llama"):
+        make_trainer({**settings, "tuner_type": "full"})
 
 
 def test_a_trainer_that_computes_its_loss_elsewhere_is_refused(monkeypatch):

@@ -82,3 +82,17 @@ def watch_steps(monkeypatch, expected: Callable[[Trainer, dict[str, Tensor]], Te
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     return losses
+
+
+def watch_dropout(monkeypatch) -> list[set[float]]:
+    """The list gets the rates of the model's dropout that acts, one set per step."""
+    plain_step = Trainer.training_step
+    seen: list[set[float]] = []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = plain_step(self, model, inputs, *args, **kwargs)
+        seen.append({layer.p for layer in model.modules() if isinstance(layer, nn.Dropout) and layer.training})
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    return seen

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from slime_fused.losses import KTO, Formula, Slime
+from slime_fused.model.terms import logged_term
 
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 """Per token, for TRL's ``entropy``, ``logits/*`` and ``mean_token_accuracy``."""
 
 Fraction = tuple[Tensor | float, Tensor | float]
 """A sum and what it is divided by, once both are summed over batches and processes."""
-
-_TERM_NAMES = {"margin_loss": "margin"}
 
 
 class WeightedMeans:
@@ -84,7 +83,7 @@ def measured(
     mean_of_pairs("mean_logps/rejected", rejected_means)
     prefix = loss.name.lower()
     for name in loss.term_names:
-        values[f"{prefix}/{_TERM_NAMES.get(name, name)}"] = (outputs[f"terms/{name}"] * weight, weight)
+        values[logged_term(loss, name)] = (outputs[f"terms/{name}"] * weight, weight)
     if isinstance(loss, Slime):
         mean_of_pairs("slime/active_fraction", (chosen_means - rejected_means) < loss.margin_hard)
     own = [name for name in loss.metric_names if not name.startswith("rewards/")]
