@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from slime_fused.model.head import attach_head, unwrap_peft
 from slime_fused.trainer.config import HeadConfig
+from slime_fused.trainer.dropout import switch_dropout_off
 from slime_fused.trainer.loading import load_model, load_tokenizer
 
 
@@ -99,9 +100,7 @@ def ready_model(model: Any, peft_config: Any, args: HeadConfig) -> Any:
         # Reentrant checkpointing needs one input with a gradient, and frozen embeddings give none.
         unwrap_peft(model).enable_input_require_grads()
     if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        switch_dropout_off(model)
     if args.loss_impl == "fused":
         attach_head(model)
     return model

@@ -10,11 +10,12 @@ import torch
 import transformers.trainer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 from transformers.models.llama import modeling_llama
 
 from slime_fused.losses import DPO, SimPO, Slime
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer, SlimeConfig, SlimeTrainer
+from slime_fused.trainer.setup import ready_model
 from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
 from tests.trainer.test_trainer import losses, run
 
@@ -227,3 +228,29 @@ def test_raw_rows_are_prepared_wherever_they_come(tokenizer, make_args):
 def test_no_warning_of_pinned_memory_on_a_cpu(tokenizer, make_args, recwarn):
     run(tokenizer, make_args(max_steps=-1, num_train_epochs=2))
     assert not [str(w.message) for w in recwarn if "pin_memory" in str(w.message)]
+
+
+def model_with_dropout(kind):
+    """Functional dropouts: an attribute of each module, a rate for whole layers, and a config read at each call."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if kind == "OPT":
+        config = OPTConfig(
+            **size, ffn_dim=48, dropout=0.3, attention_dropout=0.3, layerdrop=0.5, word_embed_proj_dim=32
+        )
+        return OPTForCausalLM(config)
+    if kind == "Falcon":
+        return FalconForCausalLM(FalconConfig(**size, hidden_dropout=0.3, attention_dropout=0.3))
+    return tiny_llama(64, attention_dropout=0.3)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "OPT", "Falcon"])
+def test_every_dropout_is_off(make_args, kind):
+    ids = torch.arange(2, 26).reshape(2, 12)
+    for is_off in (False, True):
+        model = model_with_dropout(kind)
+        model = ready_model(model, None, make_args(disable_dropout=is_off)).train()
+        with torch.no_grad():
+            first, *others = (model(input_ids=ids).logits for _ in range(3))
+        assert all(torch.equal(first, other) for other in others) == is_off
+        if kind != "Falcon":  # which reads it there
+            assert model.config.attention_dropout == 0.3  # what is saved with the model
