@@ -85,7 +85,7 @@ def patch_forward(module: Any, replacement: Callable[..., Any]) -> None:
     # The signature stays visible: generation and the base trainer inspect it.
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return replacement(types.MethodType(plain, self) if is_own else plain, self, *args, **kwargs)
+        return replacement(functools.partial(plain, self) if is_own else plain, self, *args, **kwargs)
 
     forward._runs_head_calls = True  # type: ignore[attr-defined]
     module.forward = types.MethodType(forward, module)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
 
 from slime_fused.losses import Formula, Slime
 from slime_fused.losses.pairwise import PairFormula
@@ -37,3 +39,16 @@ def find_token_mean(loss: Formula) -> TokenMean | None:
     if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
         return TokenMean("nll", "nll_weight", "nll_reduction", "chosen")
     return None
+
+
+def reweighted(loss: Formula, shares: Tensor) -> Any:
+    """``loss`` for a micro-batch that has those ``shares`` (4,) of its step, in the order of `PairCounts.by_unit`.
+
+    Weighted by its share of the pairs, the micro-batches' losses add up to the step's.
+    """
+    mean = find_token_mean(loss)
+    if mean is None:
+        return loss
+    of_tokens = shares[2] if mean.side == "chosen" else shares[3]
+    weighed: Any = loss
+    return replace(weighed, **{mean.weight: getattr(loss, mean.weight) * float(of_tokens / shares[1])})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from slime_fused.model.averages import Averages
 from slime_fused.model.calls import run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
@@ -20,7 +21,6 @@ from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import CardText, model_card
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.evaluation import ExactEvaluation
-from slime_fused.trainer.metrics import Averages
 from slime_fused.trainer.saving import whole_weights
 from slime_fused.trainer.setup import (
     CheckedCollator,

@@ -12,32 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from slime_fused.trainer.metrics import Averages
-
-
-def own_items(gradient_state: Any, num_items: int, process_index: int) -> int:
-    """How many of this process's ``num_items`` are its own; those after them repeat earlier ones.
-
-    ``gradient_state`` is accelerate's. As in its ``gather_for_metrics``: of the last batches of all processes, one
-    behind the other, the first ``remainder`` items are real.
-    """
-    remainder = gradient_state.remainder
-    if not gradient_state.end_of_dataloader or remainder <= 0:
-        return num_items
-    return max(0, min(num_items, remainder - process_index * num_items))
-
-
-def first_items(batch: Mapping[str, Any], num_kept: int, rows_per_item: int) -> dict[str, Any]:
-    """``batch`` with its first items alone. An item's rows lie a whole number of items apart: chosen, rejected."""
-    num_rows = batch["labels"].shape[0]
-    num_items = num_rows // rows_per_item
-    result = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == num_rows:
-            parts = value.reshape(rows_per_item, num_items, *value.shape[1:])
-            result[name] = parts[:, :num_kept].reshape(rows_per_item * num_kept, *value.shape[1:])
-    result.pop("layout", None)  # the loss makes it again, of the labels
-    return result
+from slime_fused.model.averages import Averages
+from slime_fused.model.items import first_items, own_items
 
 
 def filled_up(values: Any, num_items: int) -> Any:
@@ -100,7 +76,8 @@ class ExactEvaluation(Trainer):
         num_items = inputs["labels"].shape[0] // self.rows_per_item
         num_own = own_items(self.accelerator.gradient_state, num_items, self.accelerator.process_index)
         if 0 < num_own < num_items:
-            inputs = first_items(inputs, num_own, self.rows_per_item)
+            inputs = first_items(inputs, num_own, num_items, self.rows_per_item)
+            inputs.pop("layout", None)  # the loss makes it again, of the labels
         averages = self._eval_averages
         if num_own == 0:
             # The model runs all the same: other processes may wait for its shards.

@@ -10,37 +10,17 @@ tokens. Terms of the loss come as ``dpo/preference``, ``slime/anchor``, ...
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from slime_fused.losses import KTO, Formula, Slime
+from slime_fused.model.items import PairCounts
 from slime_fused.model.terms import logged_term
 
 REFERENCE = "ref_sum_logps"
 """Of a batch and of its outputs: (2P,) a reference's summed log-probs, of the chosen responses first."""
 
 _SIDES = ("chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class PairCounts:
-    """Of one batch, as float64 scalars on its device."""
-
-    pairs: Tensor
-    chosen: Tensor
-    """Chosen tokens that are predicted."""
-    rejected: Tensor
-    """Rejected tokens that are predicted."""
-    lengths: Tensor
-    """(2P,) predicted tokens of each response."""
-
-    @classmethod
-    def of(cls, labels: Tensor) -> PairCounts:
-        """From the labels (2P, T), -100 where nothing is predicted."""
-        lengths = (labels[:, 1:] != -100).sum(1).double()
-        chosen, rejected = lengths.chunk(2)
-        return cls(lengths.new_tensor(len(chosen)), chosen.sum(), rejected.sum(), lengths)
 
 
 def unit_means(loss: Formula, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,17 +11,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from slime_fused.losses import Formula, as_loss
+from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, naive_loss
-from slime_fused.model.terms import find_token_mean, logged_term
+from slime_fused.model.items import PairCounts
+from slime_fused.model.terms import find_token_mean, logged_term, reweighted
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
-from slime_fused.trainer.metrics import Averages
-from slime_fused.trainer.pair_metrics import REFERENCE, PairCounts, pair_means, token_means, unit_means
+from slime_fused.trainer.pair_metrics import REFERENCE, pair_means, token_means, unit_means
 from slime_fused.trainer.reference import REFERENCE_COLUMNS, LateReference
 from slime_fused.trainer.reference_pass import ReferencePass
-from slime_fused.trainer.weighting import check_needs, reweighted
+from slime_fused.trainer.weighting import check_needs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -110,16 +111,11 @@ class PreferenceTrainer(HeadTrainer):
 
     def count_items(self, batch: Mapping[str, Any]) -> Tensor:
         """(4,): the loss's units, pairs, chosen and rejected tokens that are predicted."""
-        counts = PairCounts.of(batch["labels"])
-        units = counts.chosen + counts.rejected if self.loss.unit == "token" else counts.pairs
-        return torch.stack([units, counts.pairs, counts.chosen, counts.rejected])
+        return PairCounts.of(batch["labels"]).by_unit(self.loss)
 
     def head_loss(self, model: nn.Module, batch: dict[str, Any], shares: Tensor | None) -> dict[str, Tensor]:
         """See `HeadTrainer.head_loss`."""
-        loss, labels = self.loss, batch["labels"]
-        if shares is not None and self._token_mean is not None:
-            of_tokens = shares[2] if self._token_mean.side == "chosen" else shares[3]
-            loss = reweighted(loss, self._token_mean, shares[1], of_tokens)
+        loss, labels = self.loss if shares is None else reweighted(self.loss, shares), batch["labels"]
         given = self.given(model, batch)
         known = {REFERENCE: given[REFERENCE]} if REFERENCE in given else {}
         if self.args.loss_impl == "naive":

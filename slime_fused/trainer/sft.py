@@ -13,13 +13,13 @@ from torch import Tensor, nn
 import slime_fused
 from slime_fused import reference
 from slime_fused.losses import SFT
+from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, at_labels
 from slime_fused.model.sharding import split_head
 from slime_fused.model.transform import LogitTransform
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText
 from slime_fused.trainer.data import IGNORE_INDEX
-from slime_fused.trainer.metrics import Averages
 from slime_fused.trainer.sft_config import SftConfig
 from slime_fused.trainer.sft_data import SFT_COLUMNS, SftCollator, prepare_examples
 

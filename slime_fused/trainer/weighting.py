@@ -1,15 +1,9 @@
-"""Losses with a mean over the batch's tokens inside: right however a batch is cut up."""
+"""Which losses the pairs of a dataset can train."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
-
 from slime_fused.losses import KTO
 from slime_fused.losses.base import Formula
-from slime_fused.model.terms import TokenMean
 
 
 def check_needs(loss: Formula) -> None:
@@ -29,14 +23,3 @@ def check_needs(loss: Formula) -> None:
         raise ValueError(
             f"loss: {loss.name} expected {unknown}, which the trainer does not know; override `given` to give it"
         )
-
-
-def reweighted(loss: Formula, mean: TokenMean | None, pair_share: Tensor, token_share: Tensor) -> Any:
-    """``loss`` for a micro-batch with those shares of the step's pairs and of its tokens of that side.
-
-    Weighted by ``pair_share``, the micro-batches' losses add up to the step's.
-    """
-    if mean is None:
-        return loss
-    weight = getattr(loss, mean.weight) * float(token_share / pair_share)
-    return replace(loss, **{mean.weight: weight})

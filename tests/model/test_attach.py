@@ -94,3 +94,13 @@ def test_attaching_twice_is_attaching_once():
     attach_head(model)
     assert (model.forward, model.lm_head.forward) == forwards
     assert len(model._forward_hooks) == 1
+
+
+def test_a_model_without_a_loss_compiles_into_one_graph():
+    model = tiny_llama(VOCABULARY)
+    attach_head(model)
+
+    def logits(ids):
+        return model(input_ids=ids).logits
+
+    assert torch._dynamo.explain(logits)(text_batch()["input_ids"]).graph_break_count == 0

@@ -6,7 +6,6 @@ So a callback counts the calls of every step, and stops the first one that had n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +17,11 @@ from slime_fused.integrations.trl.checks import HOOK, check_batch
 from slime_fused.integrations.trl.metrics import STATISTICS, WeightedMeans, measured
 from slime_fused.integrations.trl.reference import COLUMNS, ReferenceLogProbs, split_batch
 from slime_fused.losses import Formula, Slime
-from slime_fused.losses.pairwise import PairFormula
 from slime_fused.model.calls import FusedLoss, run_in_head
 from slime_fused.model.check import HeadMismatchError, check_head
 from slime_fused.model.head import unwrap_peft
+from slime_fused.model.items import PairCounts, first_items, own_items
+from slime_fused.model.terms import reweighted
 from slime_fused.model.transform import find_logit_transform
 
 _METHODS = (HOOK, "get_batch_samples", "log", "_prepare_inputs")
@@ -120,9 +120,8 @@ class LossHook:
         inputs, num_pairs = self._without_repeats(whole_inputs, mode)
         model_inputs, labels = split_batch(trainer, inputs)
         self._check_head(model, model_inputs, labels)
-        counts = self._counts(labels)
-        shares = self._shares(counts) if mode == "train" else None
-        loss = self._loss if shares is None else _with_token_shares(self._loss, shares)
+        shares = self._shares(self._counts(labels)) if mode == "train" else None
+        loss = self._loss if shares is None else reweighted(self._loss, shares)
         given = self.reference.given(inputs, model_inputs, labels)
         if "desirable" in loss.needs:
             given["desirable"] = torch.arange(len(labels), device=labels.device) < len(labels) // 2
@@ -138,7 +137,7 @@ class LossHook:
             values["aux_loss"] = (outputs["aux_loss"].detach() / (coefficient or 1.0) * weight, weight)
         self._means[mode].add(values, inputs["attention_mask"].sum() if mode == "train" else None)
         if shares is not None:
-            total = total * shares[3 if loss.unit == "token" else 0].to(total.dtype)
+            total = total * shares[0].to(total.dtype)
         if not return_outputs:
             return total
         # As TRL does: the logits that compute_metrics wants take a forward of their own. Repeated pairs are among
@@ -172,11 +171,8 @@ class LossHook:
         total: Tensor = self._trainer.accelerator.reduce(values, reduction="sum")
         return total
 
-    @staticmethod
-    def _counts(labels: Tensor) -> Tensor:
-        """(4,) float64: pairs; of the tokens that are predicted the chosen ones, the rejected ones and all."""
-        tokens = (labels[:, 1:] != -100).reshape(2, -1).sum(1).double()
-        return torch.cat([tokens.new_full((1,), len(labels) // 2), tokens, tokens.sum(0, keepdim=True)])
+    def _counts(self, labels: Tensor) -> Tensor:
+        return PairCounts.of(labels).by_unit(self._loss)
 
     def _shares(self, counts: Tensor) -> Tensor | None:
         """(4,): this micro-batch's counts, divided by their means over the step's micro-batches and processes."""
@@ -193,16 +189,13 @@ class LossHook:
         The last batches of an evaluation by several processes are filled up with pairs that others have.
         """
         num_pairs = inputs["input_ids"].shape[0] // 2
-        accelerator = self._trainer.accelerator
-        state = accelerator.gradient_state
-        if mode == "train" or accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if mode == "train":
             return inputs, num_pairs
-        own = min(max(state.remainder - accelerator.process_index * num_pairs, 0), num_pairs)
+        accelerator = self._trainer.accelerator
+        own = own_items(accelerator.gradient_state, num_pairs, accelerator.process_index)
         if own in (0, num_pairs):  # a process without any goes along all the same, for the sake of sharded weights
             return inputs, own
-        pairs = torch.arange(own, device=inputs["input_ids"].device)
-        rows = torch.cat([pairs, pairs + num_pairs])
-        return {key: value[pairs if value.dim() == 1 else rows] for key, value in inputs.items()}, own
+        return first_items(inputs, own, num_pairs, 2), own
 
     def _check_head(self, model: nn.Module, model_inputs: Mapping[str, Tensor], labels: Tensor) -> None:
         if self._head_is_checked:
@@ -292,13 +285,3 @@ class HookGuard(TrainerCallback):
 def _checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     check_batch(inputs)
     return inputs
-
-
-def _with_token_shares(loss: Formula, shares: Tensor) -> Formula:
-    """``loss``, for a micro-batch, with the weights of its terms that are means over tokens of the whole step."""
-    if isinstance(loss, Slime) and loss.stabilizer_reduction == "token":
-        return dataclasses.replace(loss, lambda_l=loss.lambda_l * float(shares[2] / shares[0]))
-    if isinstance(loss, PairFormula) and loss.nll_weight and loss.nll_reduction == "token":
-        weighed: Any = loss
-        return dataclasses.replace(weighed, nll_weight=loss.nll_weight * float(shares[1] / shares[0]))
-    return loss
