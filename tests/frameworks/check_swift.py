@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ PLAIN = dpo_trainer.DPOTrainer
 @pytest.fixture(autouse=True)
 def plain_classes(monkeypatch):
     """Every test begins with ms-swift's own classes, and none asks the hub for news of its model."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).endswith("ms_swift_plugin.py"):
+            del sys.modules[name]  # imported again, it enables its loss again
     import swift.rlhf_trainers
     import swift.trainers.mixin
 
@@ -105,15 +109,20 @@ class Reference:
         return self.context.__exit__(*error)
 
 
-def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(settings, monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
+def run_recipe(folder: Path, entries) -> None:
+    """The recipe with these entries in place of its own."""
     recipe = yaml.safe_load((ROOT / "recipes" / "ms_swift.yaml").read_text())
-    changed = tmp_path / "recipe.yaml"
-    changed.write_text(yaml.safe_dump({**recipe, **settings, "lora_dropout": 0.0}))
+    changed = folder / "recipe.yaml"
+    changed.write_text(yaml.safe_dump({**recipe, **entries}))
     argv = [str(changed)]
     parse_yaml_args(argv)
-    losses = watch_steps(monkeypatch, expected_of(Slime(), ref_models := []))
     rlhf_main(argv)
+
+
+def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    losses = watch_steps(monkeypatch, expected_of(Slime(), ref_models := []))
+    run_recipe(tmp_path, {**settings, "lora_dropout": 0.0})  # the reference would drop others
     assert ref_models == [None] * 3
     logged = history(settings)
     assert len(losses) == len(logged) == 3
@@ -130,13 +139,8 @@ def test_the_recipe_trains_slime_and_every_step_is_that_of_the_reference(setting
 def test_the_recipes_dropout_acts(settings, monkeypatch, tmp_path):
     """ms-swift's own trainer sets it to 0, by a default of TRL's that its command line cannot change."""
     monkeypatch.chdir(ROOT)
-    recipe = yaml.safe_load((ROOT / "recipes" / "ms_swift.yaml").read_text())
-    changed = tmp_path / "recipe.yaml"
-    changed.write_text(yaml.safe_dump({**recipe, **settings, "max_steps": 1}))
-    argv = [str(changed)]
-    parse_yaml_args(argv)
     seen = watch_dropout(monkeypatch)
-    rlhf_main(argv)
+    run_recipe(tmp_path, {**settings, "max_steps": 1})
     assert seen == [{0.05}]
 
 
