@@ -106,7 +106,8 @@ def test_either_order_of_heads_generates_and_saves_as_before(first, tokenizer, t
     expected.check()
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager")
-    torch.testing.assert_close(loaded(prompt).logits, model(prompt).logits, rtol=0, atol=0)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(tokenizer, tmp_path):
@@ -328,5 +329,7 @@ def test_two_processes_step_as_one(tmp_path):
         for found, truth in [*zip(steps, expected_steps, strict=True), (evaluation, expected_evaluation)]:
             assert "grad_norm" in found or found is evaluation
             for name, value in truth.items():
-                if not name.endswith(("_time", "_runtime", "_per_second")):
+                # The first step's margins are 0 but for rounding, which decides how many are above it.
+                is_noise = name == "rewards/accuracies" and found is steps[0]
+                if not is_noise and not name.endswith(("_time", "_runtime", "_per_second")):
                     assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), (folder.name, name)

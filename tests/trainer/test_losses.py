@@ -139,10 +139,14 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tokenizer, settings, 
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
     for name, grad in expected.steps[1].items():
         torch.testing.assert_close(got.steps[1][name], grad, rtol=2e-3, atol=3e-5 * float(grad.abs().max()))
-    for report, wanted in zip(cut.state.log_history[:2], whole.state.log_history[:2], strict=True):
+    for step, (report, wanted) in enumerate(
+        zip(cut.state.log_history[:2], whole.state.log_history[:2], strict=True)
+    ):
         starts = ("rewards/", "logps", "entropy", "mean_token", f"{loss.name.lower()}/")
         shared = [name for name in wanted if name.startswith(starts)]
         assert len(shared) >= 10 + len(loss.term_names)
+        if step == 0 and "ref_logps" in loss.needs:
+            shared.remove("rewards/accuracies")  # of margins that are 0 but for rounding
         for name in shared:
             assert report[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
 
