@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -30,7 +31,7 @@ def switch_dropout_off(model: nn.Module) -> None:
 
 
 @cache
-def _read_from_config(cls: type[nn.Module]) -> frozenset[str]:
+def _read_from_config(cls: Any) -> frozenset[str]:
     """The dropouts that the class's forward reads from its config, as Falcon's does; it is told by its source."""
     try:
         source = inspect.getsource(cls.forward)

@@ -40,11 +40,6 @@ class PreferencePair:
     rejected: str | Messages
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether the pair consists of messages and needs a chat template."""
-        return not isinstance(self.chosen, str)
-
 
 def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
     """The pair in ``row``. ``where`` names the row in errors ("line 3 of pairs.jsonl").
