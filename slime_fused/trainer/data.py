@@ -157,6 +157,12 @@ class _Keeps:
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         is_kept = row["verdict"] in ("", "shifted")
+        for column in self.carried if is_kept else ():
+            if not isinstance(row[column], (int, float)):
+                raise ValueError(
+                    f"{self.name}_dataset: expected a number in {column!r} of every row, got {row[column]!r}; "
+                    "remove the column to have it computed"
+                )
         if is_kept and row["is_cut"] and self.carried:
             raise ValueError(
                 f"{self.name}_dataset: expected rows with {self.carried}, which tell of whole responses, to fit "

@@ -19,8 +19,9 @@ from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE, pair_means, token_means, unit_means
-from slime_fused.trainer.reference import REFERENCE_COLUMNS, LateReference
+from slime_fused.trainer.reference import LateReference
 from slime_fused.trainer.reference_pass import ReferencePass
 from slime_fused.trainer.weighting import check_needs
 

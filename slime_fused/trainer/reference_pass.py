@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from slime_fused.model.calls import FusedLogps
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE
 from slime_fused.trainer.reference import (
-    REFERENCE_COLUMNS,
     LateReference,
     ReferenceCollator,
     adapter_changes,

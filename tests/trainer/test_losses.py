@@ -12,7 +12,8 @@ from slime_fused import reference
 from slime_fused.losses import CPO, DPO, KTO, ORPO, SFT, AlphaPO, Own, PolicyGradient, SimPO, Slime, UnitTerms
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
 from slime_fused.trainer.data import PreferenceCollator
-from slime_fused.trainer.reference import REFERENCE_COLUMNS, LateReference
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
+from slime_fused.trainer.reference import LateReference
 from tests.tiny_models import make_pairs, tiny_llama
 from tests.trainer.test_trainer import GradientRecorder, losses
 
@@ -328,6 +329,8 @@ def test_reference_columns_of_the_rows_are_kept(tokenizer, settings):
     assert REFERENCE_COLUMNS[0] not in without.train_dataset.column_names
     with pytest.raises(ValueError, match=r"train_dataset: expected rows with \('ref_chosen.*to fit max_length=12"):
         build(tokenizer, settings(max_length=12), DPO(), rows=rows)
+    with pytest.raises(ValueError, match="expected a number in 'ref_chosen_logps' of every row, got None"):
+        build(tokenizer, settings(), DPO(), rows=[*rows, {**rows[0], "ref_chosen_logps": None}])
 
 
 def test_a_reference_is_not_rounded_with_a_batch_of_deepspeed_s(tokenizer, settings, monkeypatch):
