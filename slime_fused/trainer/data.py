@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,10 +173,14 @@ class _Keeps:
         return is_kept
 
 
+def _is_usable(function: Any, row: Mapping[str, Any]) -> bool:
+    return bool(function.measure(row)["is_usable"])
+
+
 def _usable(dataset: Any, function: Any, rows: str, num_proc: int | None) -> Any:
     """A prepared ``dataset`` without the rows that hold nothing to train on; what is longer than others is told."""
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(lambda row: function.measure(row)["is_usable"])
+        return dataset.filter(partial(_is_usable, function))
     name, total = function.name, len(dataset)
     told = dataset.map(
         function.measure,

@@ -134,7 +134,7 @@ def _of_transformers() -> list[Setting]:
         found = _declared(Path(spec.origin).with_name("training_args.py"), "TrainingArguments")
     except (OSError, SyntaxError):
         found = ()
-    # Of those that this package declares anew not all are there.
+    # Two that every release has.
     return list(found) if {"output_dir", "seed"} <= {setting.name for setting in found} else _imported()
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import Trainer
 
 from slime_fused import reference
 from slime_fused.losses import CPO, DPO, KTO, ORPO, SFT, AlphaPO, Own, PolicyGradient, SimPO, Slime, UnitTerms
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
-from slime_fused.trainer.data import PreferenceCollator
+from slime_fused.trainer.data import PreferenceCollator, prepare_dataset
 from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.reference import LateReference
 from tests.tiny_models import make_pairs, tiny_llama
@@ -321,6 +321,9 @@ def test_reference_columns_of_the_rows_are_kept(tokenizer, settings):
     trainer.train()
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         assert dataset["ref_chosen_logps"][:] == [-3.0, -4.0, -5.0, -6.0]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    stream = prepare_dataset(stream, tokenizer, settings(), "train", REFERENCE_COLUMNS)
+    assert list(stream) == trainer.train_dataset.to_list()
     batch = trainer.data_collator(list(trainer.train_dataset))
     model = tiny_llama(len(tokenizer))
     value, _ = by_hand(model, batch, DPO(), torch.tensor([-3.0, -4, -5, -6, *[-5.25] * 4]).double())
