@@ -203,7 +203,7 @@ class Training:
         rows = read_pairs(pairs)
         # About half of the demo's prompts leave no room for a response; whatever is not needed is not tokenised.
         rows = rows.select(range(min(3 * (held_out + steps * num_pairs), len(rows))))
-        rows = rows.map(PairTokenizer(tokenizer, args, "demo"), with_indices=True)
+        rows = rows.map(PairTokenizer(tokenizer, "demo", args.max_length, args.truncation), with_indices=True)
         kept = rows.filter(lambda row: row["verdict"] in ("", "shifted"))
         if len(kept) <= held_out:
             raise ValueError(f"data: expected more than {held_out} usable pairs, got {len(kept)} in {pairs}")

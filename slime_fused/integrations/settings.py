@@ -7,28 +7,24 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from slime_fused import losses
 from slime_fused.integrations.batches import BatchLoss
+from slime_fused.losses.names import PAIR_LOSSES
 
 PREFIX = "slime_"
-LOSSES: Mapping[str, type[losses.Formula]] = {
-    name.lower(): getattr(losses, name) for name in ("Slime", "DPO", "SimPO", "CPO", "ORPO", "AlphaPO")
-}
-"""By the names that a configuration uses: the losses of pairs."""
 _PLACE = ("backend", "workspace")
 
 
 def setting_names() -> tuple[str, ...]:
     """Every entry that `read_settings` knows."""
-    hyperparameters = dict.fromkeys(field.name for loss in LOSSES.values() for field in fields(loss))
+    hyperparameters = dict.fromkeys(field.name for loss in PAIR_LOSSES.values() for field in fields(loss))
     return tuple(f"{PREFIX}{name}" for name in ("loss", *hyperparameters, *_PLACE))
 
 
 def read_settings(settings: Mapping[str, Any]) -> BatchLoss:
     """The loss that entries such as ``{"slime_loss": "slime", "slime_lambda_w": 0.1}`` describe.
 
-    ``slime_loss`` is one of `LOSSES`, "slime" if it is missing; every field of that loss is a setting, with the
-    field's default; ``slime_backend`` and ``slime_workspace`` are arguments of `slime_fused.preference_loss`.
+    ``slime_loss`` is one of `PAIR_LOSSES`, "slime" if it is missing; every field of that loss is a setting, with
+    the field's default; ``slime_backend`` and ``slime_workspace`` are arguments of `slime_fused.preference_loss`.
     Entries that are None count as missing, and those without the prefix belong to somebody else.
 
     Raises ValueError, TypeError naming the entry.
@@ -39,10 +35,10 @@ def read_settings(settings: Mapping[str, Any]) -> BatchLoss:
         if name.startswith(PREFIX) and value is not None
     }
     name = given.pop("loss", "slime")
-    if name not in LOSSES:
-        raise ValueError(f"{PREFIX}loss: expected one of {', '.join(LOSSES)}, got {name!r}")
+    if name not in PAIR_LOSSES:
+        raise ValueError(f"{PREFIX}loss: expected one of {', '.join(PAIR_LOSSES)}, got {name!r}")
     place = {key: given.pop(key) for key in _PLACE if key in given}
-    known = {field.name for field in fields(LOSSES[name])}
+    known = {field.name for field in fields(PAIR_LOSSES[name])}
     for key in given:
         if key not in known:
             close = difflib.get_close_matches(key, [*known, "loss", *_PLACE], n=1)
@@ -50,6 +46,6 @@ def read_settings(settings: Mapping[str, Any]) -> BatchLoss:
             expected = ", ".join(PREFIX + field for field in sorted(known))
             raise ValueError(f"{PREFIX}{key}: expected a setting of {name!r}: {expected}; got this one{hint}")
     try:
-        return BatchLoss.of(LOSSES[name](**given), **place)
+        return BatchLoss.of(PAIR_LOSSES[name](**given), **place)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{PREFIX}{error}") from None

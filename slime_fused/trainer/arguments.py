@@ -1,6 +1,7 @@
 """The command line of ``slime-train``: every setting as an option, or in a YAML file of the same names."""
 
 # Annotations stay unquoted here: the parser reads the types of the fields.
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -15,7 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from slime_fused.losses import Formula
 from slime_fused.trainer.config import HeadConfig, PreferenceConfig, SlimeConfig
-from slime_fused.trainer.loss_choice import DEFAULTS, LOSSES, hyperparameters, losses_with
+from slime_fused.trainer.loss_choice import DEFAULTS, LOSSES, UNSERVED, hyperparameters, losses_with
 from slime_fused.trainer.options import Option, UsageError, as_arguments, read_options
 from slime_fused.trainer.sft_config import SftConfig
 
@@ -160,6 +161,8 @@ def make_parser(stage: str, loss: str) -> HfArgumentParser:
     for action in parser._actions:
         if action.dest in optional:
             action.type = _or_none(optional[action.dest])
+        if stage == "preference" and action.dest in UNSERVED:
+            action.help = argparse.SUPPRESS
         if not action.help and action.dest in texts:
             action.help = texts[action.dest]
         if action.dest == "report_to":
@@ -263,6 +266,9 @@ def _check_values(script: ScriptArguments, config: HeadConfig) -> None:
     if config.eval_strategy != "no" and script.eval_dataset is None and not script.eval_share:
         strategy = IntervalStrategy(config.eval_strategy).value
         raise UsageError(f"eval_strategy={strategy} needs --eval_dataset or --eval_share")
+    twice = sorted({"dtype", "torch_dtype"} & config.model_options().keys())
+    if twice:
+        raise UsageError(f"model_init_kwargs: expected no {twice[0]!r}, which is a setting of its own: --dtype")
     if script.lora_dropout and config.disable_dropout:
         raise UsageError(
             f"lora_dropout: {script.lora_dropout} has no effect while disable_dropout is on; "

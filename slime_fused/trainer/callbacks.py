@@ -23,6 +23,8 @@ class MetricsFile(TrainerCallback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if lines and not _is_whole(lines[-1]):  # the run was killed while it wrote
+            lines.pop()
         kept = (
             [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
         )
@@ -40,3 +42,11 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

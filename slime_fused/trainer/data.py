@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.utils import logging
 import slime_fused
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.formats import TOKENISED, is_empty, is_tokenised, parse_pair, token_ids
-from slime_fused.trainer.tokenization import RULES, TokenizedResponse, tokenize_pair, truncate_pair
+from slime_fused.trainer.tokenization import RULES, TokenizedResponse, Truncation, tokenize_pair, truncate_pair
 
 logger = logging.get_logger(__name__)
 
@@ -25,11 +26,15 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Maps one row to `TOKEN_COLUMNS`, a ``verdict`` ("" to keep it, else why it is dropped) and ``is_cut``."""
+    """Maps one row to `TOKEN_COLUMNS`, a ``verdict`` ("" to keep it, else why it is dropped) and ``is_cut``.
+
+    `datasets` keeps results by what the function holds: here, just what they depend on.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    args: HeadConfig
     name: str
+    max_length: int | None
+    truncation: Truncation
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no preference pair."""
@@ -38,7 +43,7 @@ class PairTokenizer:
         if verdict == "empty" or min(chosen.num_targets, rejected.num_targets) < 1:
             verdict = "empty"
         else:
-            fitted = truncate_pair(chosen, rejected, self.args.max_length, self.args.truncation)
+            fitted = truncate_pair(chosen, rejected, self.max_length, self.truncation)
             if fitted is None:
                 verdict = "long"
             else:
@@ -53,6 +58,16 @@ class PairTokenizer:
             "rejected_prompt_length": rejected.prompt_length,
             "verdict": verdict,
             "is_cut": is_cut,
+        }
+
+    def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a row of `TOKEN_COLUMNS`: ``is_usable``, whether each response has a target; and its ``length``."""
+        pair = [
+            TokenizedResponse(row[f"{kind}_ids"], row[f"{kind}_prompt_length"]) for kind in ("chosen", "rejected")
+        ]
+        return {
+            "is_usable": min(response.num_targets for response in pair) > 0,
+            "length": max(len(response.ids) for response in pair),
         }
 
     def _tokens(self, row: Mapping[str, Any], where: str) -> tuple[TokenizedResponse, TokenizedResponse, str]:
@@ -75,25 +90,35 @@ _REASONS = {
 
 
 def prepare_dataset(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: HeadConfig, name: str
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: HeadConfig, name: str, carried: Sequence[str] = ()
 ) -> Dataset | IterableDataset:
     """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate: see `prepare_rows`.
 
     Raises PreferenceFormatError for a row that is no preference pair.
     """
-    return prepare_rows(dataset, PairTokenizer(tokenizer, args, name), TOKEN_COLUMNS, "pairs")
+    function = PairTokenizer(tokenizer, name, args.max_length, args.truncation)
+    return prepare_rows(dataset, function, TOKEN_COLUMNS, "pairs", args.dataset_num_proc, carried)
 
 
-def prepare_rows(dataset: Any, function: Any, columns: Sequence[str], rows: str) -> Dataset | IterableDataset:
+def prepare_rows(
+    dataset: Any,
+    function: Any,
+    columns: Sequence[str],
+    rows: str,
+    num_proc: int | None,
+    carried: Sequence[str] = (),
+) -> Dataset | IterableDataset:
     """``dataset`` with ``columns``, by a `PairTokenizer` or what is like one; ``rows`` is what reports call them.
 
     Takes a `datasets.Dataset`, a streaming `datasets.IterableDataset` or any iterable of rows (which is read
     whole). Rows without a response token are dropped; a map-style dataset logs how many and why, and how many were
-    cut. A dataset that already has ``columns`` is used as it is.
+    cut. A dataset that already has ``columns`` keeps its tokens. ``carried``: columns about whole responses, kept
+    where a dataset has all of them (a stream: where it says so).
 
-    Raises what ``function`` raises, ValueError if no row is left, TypeError for another kind of dataset.
+    Raises what ``function`` raises, ValueError if no row is left or one with ``carried`` would be cut, TypeError
+    for another kind of dataset.
     """
-    args, name = function.args, function.name
+    name = function.name
     if not isinstance(dataset, (Dataset, IterableDataset)):
         if isinstance(dataset, (str, Mapping)) or not isinstance(dataset, Iterable):
             raise TypeError(
@@ -101,37 +126,89 @@ def prepare_rows(dataset: Any, function: Any, columns: Sequence[str], rows: str)
             )
         dataset = Dataset.from_list([dict(row) for row in dataset])
     present = dataset.column_names
-    if present is not None and set(columns) <= set(present):
-        return dataset
+    is_prepared = present is not None and set(columns) <= set(present)
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{name}_dataset: expected at least one row, got an empty dataset")
+    if is_prepared:
+        return _usable(dataset, function, rows, num_proc)
+    carried = tuple(carried) if set(carried) <= set(present or ()) else ()
+    keeps = _Keeps(name, carried, function.max_length)
     if isinstance(dataset, IterableDataset):
         # A stream need not know its columns before it runs, so the unwanted ones go last.
-        return dataset.map(function, with_indices=True).filter(is_kept).select_columns(list(columns))
-    if len(dataset) == 0:
-        raise ValueError(f"{name}_dataset: expected at least one row, got an empty dataset")
+        return dataset.map(function, with_indices=True).filter(keeps).select_columns([*columns, *carried])
     tokens = dataset.map(
         function,
         with_indices=True,
-        remove_columns=present,
-        num_proc=args.dataset_num_proc,
+        remove_columns=[column for column in present if column not in carried],
+        num_proc=num_proc,
         desc=f"Tokenising the {name} {rows}",
     )
-    kept = tokens.filter(is_kept, num_proc=args.dataset_num_proc, desc=f"Filtering the {name} {rows}")
-    report(Counter(tokens["verdict"]), sum(kept["is_cut"]), name, args, rows)
+    kept = tokens.filter(keeps, num_proc=num_proc, desc=f"Filtering the {name} {rows}")
+    report(Counter(tokens["verdict"]), sum(kept["is_cut"]), function, rows)
     return kept.remove_columns(["verdict", "is_cut"])
 
 
-def is_kept(row: Mapping[str, Any]) -> bool:
+@dataclass(frozen=True)
+class _Keeps:
     """Whether the verdict of a row lets it stay."""
-    return row["verdict"] in ("", "shifted")
+
+    name: str
+    carried: tuple[str, ...]
+    max_length: int | None
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        is_kept = row["verdict"] in ("", "shifted")
+        for column in self.carried if is_kept else ():
+            if not isinstance(row[column], (int, float)):
+                raise ValueError(
+                    f"{self.name}_dataset: expected a number in {column!r} of every row, got {row[column]!r}; "
+                    "remove the column to have it computed"
+                )
+        if is_kept and row["is_cut"] and self.carried:
+            raise ValueError(
+                f"{self.name}_dataset: expected rows with {self.carried}, which tell of whole responses, to fit "
+                f"max_length={self.max_length}, got a longer one; raise max_length, take truncation='drop', or "
+                "remove these columns to have them computed"
+            )
+        return is_kept
 
 
-def report(verdicts: Counter[str], num_cut: int, name: str, args: HeadConfig, rows: str) -> None:
+def _is_usable(function: Any, row: Mapping[str, Any]) -> bool:
+    return bool(function.measure(row)["is_usable"])
+
+
+def _usable(dataset: Any, function: Any, rows: str, num_proc: int | None) -> Any:
+    """A prepared ``dataset`` without the rows that hold nothing to train on; what is longer than others is told."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(partial(_is_usable, function))
+    name, total = function.name, len(dataset)
+    told = dataset.map(
+        function.measure,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc=f"Checking the {name} {rows}",
+    )
+    usable = [i for i, is_usable in enumerate(told["is_usable"]) if is_usable]
+    if not usable:
+        raise ValueError(f"{name}_dataset: none of its {total} {rows} has a response token to train on")
+    num_long = sum(length > (function.max_length or length) for length in told["length"])
+    if num_long:
+        logger.warning(
+            f"{name} dataset: {num_long} of {total} {rows} are longer than max_length={function.max_length} and "
+            "stay so: they came tokenised"
+        )
+    if len(usable) == total:
+        return dataset
+    logger.warning(f"{name} dataset: dropped {total - len(usable)} of {total} {rows}: no response token")
+    return dataset.select(usable)
+
+
+def report(verdicts: Counter[str], num_cut: int, function: Any, rows: str) -> None:
     """Log what was dropped and what was cut, of how many and why. Raises ValueError where nothing is left."""
+    name, max_length = function.name, function.max_length
     total = sum(verdicts.values())
     dropped = {
-        reason.format(max_length=args.max_length): verdicts[key]
-        for key, reason in _REASONS.items()
-        if verdicts[key]
+        reason.format(max_length=max_length): verdicts[key] for key, reason in _REASONS.items() if verdicts[key]
     }
     detail = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
     num_dropped = sum(dropped.values())
@@ -141,8 +218,8 @@ def report(verdicts: Counter[str], num_cut: int, name: str, args: HeadConfig, ro
         logger.warning(f"{name} dataset: dropped {num_dropped} of {total} {rows}: {detail}")
     if num_cut:
         logger.warning(
-            f"{name} dataset: cut {num_cut} of {total} {rows} to max_length={args.max_length}: "
-            f"{RULES[args.truncation]} (truncation={args.truncation!r})"
+            f"{name} dataset: cut {num_cut} of {total} {rows} to max_length={max_length}: "
+            f"{RULES[function.truncation]} (truncation={function.truncation!r})"
         )
     if verdicts["shifted"]:
         logger.warning(

@@ -25,7 +25,8 @@ def switch_dropout_off(model: nn.Module) -> None:
             if "drop" in name.lower() and isinstance(value, float):
                 setattr(module, name, 0.0)
         config = getattr(module, "config", None)
-        for name in _read_from_config(type(module)):
+        cls: Any = type(module)
+        for name in _read_from_config(cls):
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, 0.0)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from slime_fused.trainer.formats import PreferenceFormatError
+from slime_fused.trainer.formats import REFERENCE_COLUMNS, PreferenceFormatError
 
 Columns = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """Brings a row to its common form: (row, how errors name it) -> columns. Raises PreferenceFormatError."""
@@ -168,7 +168,8 @@ def _checked_rows(rows: Iterable[tuple[int, Any]], path: Path, unit: str, column
 
 def _kind_of_row(values: Mapping[str, Any]) -> str:
     """ "texts", "messages" or "token ids": of what the response is."""
-    value = [value for name, value in values.items() if name not in ("tools", "chat_template_kwargs")][-1]
+    others = ("tools", "chat_template_kwargs", *REFERENCE_COLUMNS)
+    value = [value for name, value in values.items() if name not in others][-1]
     if isinstance(value, str):
         return "texts"
     return "messages" if value and isinstance(value[0], Mapping) else "token ids"

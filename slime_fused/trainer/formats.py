@@ -10,7 +10,8 @@ Accepted rows::
     {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids}          token ids as TRL makes them: responses
                                                                          without the prompt
 
-Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template.
+Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template, and
+`REFERENCE_COLUMNS`, which a loss with a reference takes as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ Messages = list[dict[str, Any]]
 
 TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a pair that is tokenised already."""
+
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Of a dataset: a reference's log-prob of each response, summed over its tokens."""
 
 EXPECTED = "'chosen' and 'rejected', and usually 'prompt', each a text or a list of {role, content} messages"
 
@@ -39,11 +43,6 @@ class PreferencePair:
     chosen: str | Messages
     rejected: str | Messages
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether the pair consists of messages and needs a chat template."""
-        return not isinstance(self.chosen, str)
 
 
 def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
@@ -74,15 +73,17 @@ def parse_pair(row: Mapping[str, Any], where: str) -> PreferencePair:
 
 
 def pair_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``row`` in its common form, as columns of a dataset: those of `parse_pair`, or `TOKENISED`.
+    """``row`` in its common form, as columns of a dataset: those of `parse_pair`, or `TOKENISED`; and
+    `REFERENCE_COLUMNS`, if it has them.
 
     Some rows may repeat the prompt as a text or leave it out, and one column holds one type.
     Raises as `parse_pair`.
     """
+    sums = {name: row[name] for name in REFERENCE_COLUMNS if row.get(name) is not None}
     if is_tokenised(row):
-        return {name: token_ids(row[name], name, where) for name in TOKENISED}
+        return sums | {name: token_ids(row[name], name, where) for name in TOKENISED}
     pair = parse_pair(row, where)
-    return {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} | template_columns(row)
+    return sums | {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} | template_columns(row)
 
 
 def is_tokenised(row: Mapping[str, Any]) -> bool:

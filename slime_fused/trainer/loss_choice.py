@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from slime_fused.losses import CPO, DPO, KTO, ORPO, AlphaPO, Formula, SimPO, Slime
+from slime_fused.losses import KTO, Formula
+from slime_fused.losses.names import PAIR_LOSSES
 
-LOSSES: dict[str, type[Formula]] = {
-    "slime": Slime,
-    "dpo": DPO,
-    "simpo": SimPO,
-    "orpo": ORPO,
-    "cpo": CPO,
-    "alphapo": AlphaPO,
-    "kto": KTO,
-}
+LOSSES: dict[str, type[Formula]] = {**PAIR_LOSSES, "kto": KTO}
 
 DEFAULTS = {"kto": {"baseline": "batch"}}
 """Defaults of settings that are not those of the loss itself: a KL baseline cannot be given on a command line."""
+
+UNSERVED = ("ld_alpha",)
+"""Hyperparameters that no run can have, for the reason that `check_needs` gives: no help speaks of them."""
 
 _HELP = {
     "beta": "Scale of the rewards: of log-probs, or of their ratio to the reference's.",
@@ -28,7 +24,6 @@ _HELP = {
     "label_smoothing": "Probability that a label is wrong.",
     "length_normalised": "Divide the log-ratios by the responses' tokens.",
     "dpop": "DPO-Positive's lambda: holds the chosen response at the reference's likelihood.",
-    "ld_alpha": "LD-DPO's alpha: weight of tokens past the length of the shorter response.",
     "nll_weight": "Weight of the chosen response's negative log-likelihood per token.",
     "nll_reduction": "'sequence': its mean over each response; 'token': over all chosen tokens of the step.",
     "desirable_weight": "Weight of chosen (desirable) responses.",
@@ -38,8 +33,10 @@ _HELP = {
 
 
 def hyperparameters(loss: str) -> dict[str, str]:
-    """Names and help texts of the hyperparameters of a loss; for SLIME without the texts, which its config has."""
-    names = [field.name for field in fields(LOSSES[loss])]  # type: ignore[arg-type]
+    """Names and help texts of the hyperparameters of a loss but for those `UNSERVED`; for SLIME without the texts,
+    which its config has.
+    """
+    names = [field.name for field in fields(LOSSES[loss]) if field.name not in UNSERVED]  # type: ignore[arg-type]
     return {name: _HELP.get(f"{loss}.{name}", _HELP.get(name, "")) for name in names}
 
 

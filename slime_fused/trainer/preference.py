@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from slime_fused.losses import Formula, as_loss
+from slime_fused.losses import SFT, Formula, PolicyGradient, as_loss
 from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, naive_loss
 from slime_fused.model.items import PairCounts
@@ -19,8 +19,9 @@ from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE, pair_means, token_means, unit_means
-from slime_fused.trainer.reference import REFERENCE_COLUMNS, LateReference
+from slime_fused.trainer.reference import LateReference
 from slime_fused.trainer.reference_pass import ReferencePass
 from slime_fused.trainer.weighting import check_needs
 
@@ -33,9 +34,9 @@ class PreferenceTrainer(HeadTrainer):
 
     A loss that needs a reference model gets the log-probs of the policy as it is before training, or of the model
     without its adapter where it carries one. They are computed once, before training, and become columns of the
-    tokenised datasets (`REFERENCE_COLUMNS`, sums per response); a dataset that has them is used as it is. For a
-    stream, and for datasets that come later, a model with an adapter is run without it at each batch. Other losses
-    run no reference at all.
+    tokenised datasets (`REFERENCE_COLUMNS`, sums per response). A dataset that has them, such as TRL's with
+    ``precompute_ref_log_probs``, keeps them; its rows may not be cut. For a stream, and for datasets that come
+    later, a model with an adapter is run without it at each batch. Other losses run no reference at all.
 
     The gradient of an optimizer step is the same however the step is cut up, as `HeadTrainer` says, for every loss
     that is a mean over pairs, over responses or over tokens; terms that are means over the tokens of one side
@@ -71,7 +72,14 @@ class PreferenceTrainer(HeadTrainer):
         if loss is None:
             raise TypeError("loss: expected a value of slime_fused.losses, such as DPO(), got None")
         value: Any = as_loss(loss)
+        if isinstance(value, SFT):
+            raise ValueError(
+                f"loss: expected a loss of preferences, got {value!r}: it would train on rejected responses too; "
+                "take SftTrainer, or nll_weight of a loss of pairs"
+            )
         if type(self).given is PreferenceTrainer.given:
+            if isinstance(value, PolicyGradient):
+                raise ValueError(f"loss: expected a loss of preferences, got {value!r}: it needs sampled responses")
             check_needs(value)
         self.loss: Formula = value
         self._token_mean = find_token_mean(value)
@@ -97,12 +105,26 @@ class PreferenceTrainer(HeadTrainer):
         """See `get_eval_dataloader`."""
         return super().get_test_dataloader(self._reference.for_evaluation(self.prepared(test_dataset, "test")))
 
+    def _get_train_sampler(self, train_dataset: Any = None, *args: Any) -> Any:
+        # It may read rows to group them by length, before a sharded model can give them reference log-probs.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, LateReference):
+            return super()._get_train_sampler(dataset, *args)
+        return super()._get_train_sampler(dataset.dataset, *args)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Under DeepSpeed in 16 bits the base class rounds whatever floats to them: sums of hundreds by units.
+        known = inputs.get(REFERENCE)
+        inputs = super()._prepare_inputs({name: value for name, value in inputs.items() if name != REFERENCE})
+        return inputs if known is None else {**inputs, REFERENCE: known.to(self.args.device)}
+
     def prepare_dataset(self, dataset: Any, name: str) -> Any:
         """See `HeadTrainer.prepare_dataset`."""
         if isinstance(dataset, LateReference):
             return dataset
         tokenizer: Any = self.processing_class
-        return prepare_dataset(dataset, tokenizer, self.args, name)
+        carried = REFERENCE_COLUMNS if self._reference.is_needed else ()
+        return prepare_dataset(dataset, tokenizer, self.args, name, carried)
 
     def make_collator(self, *, has_layout: bool) -> Callable[[list[Any]], dict[str, Any]]:
         """See `HeadTrainer.make_collator`."""

@@ -1,6 +1,8 @@
 """``slime-train --help``, at once: settings are read off the source of the classes that declare them.
 
-Importing those classes would mean importing `transformers`, four seconds for a page of text.
+Importing those classes would mean importing `transformers`, four seconds for a page of text. Parsing their source
+is quick; it has to hold lines ``name: type = field(...)``. Where the `TrainingArguments` of a release have another
+form, they are imported after all.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def _of_loss(loss: str) -> list[Setting]:
     fields: Any = dataclasses.fields(LOSSES[loss])  # type: ignore[arg-type]
     texts = hyperparameters(loss)
     own = DEFAULTS.get(loss, {})
-    return [Setting(f.name, texts[f.name], str(own.get(f.name, f.default))) for f in fields]
+    return [Setting(f.name, texts[f.name], str(own.get(f.name, f.default))) for f in fields if f.name in texts]
 
 
 def declared(module: str, name: str) -> list[Setting]:
@@ -128,7 +130,21 @@ def _of_transformers() -> list[Setting]:
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         return []
-    return list(_declared(Path(spec.origin).with_name("training_args.py"), "TrainingArguments"))
+    try:
+        found = _declared(Path(spec.origin).with_name("training_args.py"), "TrainingArguments")
+    except (OSError, SyntaxError):
+        found = ()
+    # Two that every release has.
+    return list(found) if {"output_dir", "seed"} <= {setting.name for setting in found} else _imported()
+
+
+def _imported() -> list[Setting]:
+    cls: Any = importlib.import_module("transformers").TrainingArguments
+    return [
+        Setting(f.name, str(f.metadata.get("help", "")).replace("%%", "%"), str(f.default))
+        for f in dataclasses.fields(cls)
+        if f.default is not dataclasses.MISSING
+    ]
 
 
 @cache

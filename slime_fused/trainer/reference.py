@@ -16,10 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from slime_fused.model.calls import naive_logps
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE
-
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-"""Of a prepared dataset: a reference's log-prob of each response, summed over its tokens."""
 
 
 def naive_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from slime_fused.model.calls import FusedLogps
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE
 from slime_fused.trainer.reference import (
-    REFERENCE_COLUMNS,
     LateReference,
     ReferenceCollator,
     adapter_changes,
@@ -61,13 +61,14 @@ class ReferencePass:
                 "The adapter changes the model already, and the reference is the model without it; merge it into "
                 "the model first (merge_and_unload) if the reference is to have it"
             )
-        trainer.data_collator = ReferenceCollator(trainer.data_collator)
+        self._wrap_collator()
         trainer.add_callback(_FillWhenPrepared(self))
 
     def before_training(self, resume_from_checkpoint: Any) -> None:
         """Log-probs for all datasets, before the weights move or a checkpoint's are loaded."""
         trainer = self._trainer
         if self.is_needed:
+            self._wrap_collator()
             trainer.train_dataset = self._referenced(trainer.train_dataset)
             self._add_to_evaluation()
             is_late = any(
@@ -87,6 +88,7 @@ class ReferencePass:
         """
         if not self.is_needed:
             return dataset
+        self._wrap_collator()
         if dataset is None or isinstance(dataset, str):
             if not self._has_trained:
                 self._add_to_evaluation()
@@ -117,6 +119,12 @@ class ReferencePass:
     def _has_adapter(self) -> bool:
         return hasattr(self._trainer.accelerator.unwrap_model(self._trainer.model), "peft_config")
 
+    def _wrap_collator(self) -> None:
+        """Whenever batches are to be made: somebody may have replaced it since."""
+        trainer = self._trainer
+        if not isinstance(trainer.data_collator, ReferenceCollator):
+            trainer.data_collator = ReferenceCollator(trainer.data_collator)
+
     def _lacks_columns(self, dataset: Any) -> bool:
         return isinstance(dataset, Dataset) and not set(REFERENCE_COLUMNS) <= set(dataset.column_names)
 
@@ -141,10 +149,9 @@ class ReferencePass:
 
     def _table(self, dataset: Dataset, model: nn.Module) -> Tensor:
         trainer = self._trainer
-        collate = trainer.data_collator.collator
         return reference_table(
             dataset,
-            lambda rows: self._sums(model, trainer._prepare_inputs(collate(rows))),
+            lambda rows: self._sums(model, trainer._prepare_inputs(trainer.data_collator(rows))),
             batch_size=trainer.args.eval_batch_size,
             accelerator=trainer.accelerator,
             is_quiet=trainer.args.disable_tqdm,

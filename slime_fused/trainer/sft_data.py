@@ -20,23 +20,28 @@ SFT_COLUMNS = ("input_ids", "labels")
 
 @dataclass(frozen=True)
 class ExampleTokenizer:
-    """Maps one row to `SFT_COLUMNS`, a ``verdict`` ("" to keep it, else why it is dropped) and ``is_cut``."""
+    """Maps one row to `SFT_COLUMNS`, a ``verdict`` ("" to keep it, else why it is dropped) and ``is_cut``.
+
+    As `PairTokenizer` it holds just what its results depend on.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    args: SftConfig
     name: str
+    max_length: int | None
+    truncation: Truncation
+    completion_only_loss: bool
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no example."""
         example = parse_example(row, f"row {index} of the {self.name} dataset")
         ids, labels, is_prefix = tokenize_example(example, self.tokenizer)
-        if not self.args.completion_only_loss:
+        if not self.completion_only_loss:
             labels = ids
         verdict, is_cut = "" if is_prefix else "shifted", False
         if is_empty(example.completion) or not num_targets(labels):
             verdict = "empty"
         else:
-            fitted = truncate_example(ids, labels, self.args.max_length, self.args.truncation)
+            fitted = truncate_example(ids, labels, self.max_length, self.truncation)
             if fitted is None:
                 verdict = "long"
             else:
@@ -44,6 +49,10 @@ class ExampleTokenizer:
                 ids, labels = fitted
                 verdict = verdict if num_targets(labels) else "cut"
         return {"input_ids": ids, "labels": labels, "verdict": verdict, "is_cut": is_cut}
+
+    def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a row of `SFT_COLUMNS`: ``is_usable``, whether it has a target; and its ``length``."""
+        return {"is_usable": num_targets(row["labels"]) > 0, "length": len(row["input_ids"])}
 
 
 def tokenize_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], bool]:
@@ -112,7 +121,8 @@ def prepare_examples(
     dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SftConfig, name: str
 ) -> Dataset | IterableDataset:
     """``dataset`` with the columns `SFT_COLUMNS`, ready to collate; otherwise as `prepare_dataset`."""
-    return prepare_rows(dataset, ExampleTokenizer(tokenizer, args, name), SFT_COLUMNS, "rows")
+    function = ExampleTokenizer(tokenizer, name, args.max_length, args.truncation, args.completion_only_loss)
+    return prepare_rows(dataset, function, SFT_COLUMNS, "rows", args.dataset_num_proc)
 
 
 @dataclass(frozen=True)

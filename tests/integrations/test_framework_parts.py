@@ -7,8 +7,9 @@ import torch
 
 from slime_fused.integrations.batches import BatchLoss, Labels, pair_metrics
 from slime_fused.integrations.hooks import HookError, refuse_settings, require_caller, require_method
-from slime_fused.integrations.settings import LOSSES, read_settings, setting_names
+from slime_fused.integrations.settings import read_settings, setting_names
 from slime_fused.losses import DPO, KTO, SFT, SimPO, Slime
+from slime_fused.losses.names import PAIR_LOSSES
 from slime_fused.model.head import attach_head
 from tests.tiny_models import tiny_llama
 
@@ -25,14 +26,14 @@ def test_settings_become_losses():
     assert wanted.needs_reference
     assert not read_settings({"slime_loss": "simpo"}).needs_reference
     assert {"slime_loss", "slime_lambda_w", "slime_gamma", "slime_workspace"} <= set(setting_names())
-    for name in LOSSES:
+    for name in PAIR_LOSSES:
         assert read_settings({"slime_loss": name}).loss.unit == "pair"
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"slime_loss": "grpo"}, "slime_loss: expected one of slime, dpo, simpo, cpo, orpo, alphapo, got 'grpo'"),
+        ({"slime_loss": "grpo"}, "slime_loss: expected one of slime, dpo, simpo, orpo, cpo, alphapo, got 'grpo'"),
         ({"slime_lamda_w": 1}, "slime_lamda_w: expected a setting of 'slime'.*did you mean slime_lambda_w"),
         ({"slime_loss": "dpo", "slime_lambda_w": 1}, "slime_lambda_w: expected a setting of 'dpo': slime_beta"),
         ({"slime_lambda_w": -1.0}, "slime_lambda_w: expected"),

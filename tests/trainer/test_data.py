@@ -232,3 +232,33 @@ def test_a_batch_is_chosen_then_rejected_padded_on_the_right():
 def test_a_batch_that_processes_cut_up_holds_tensors_alone():
     rows = [{"chosen_ids": [1, 2], "chosen_prompt_length": 1, "rejected_ids": [1, 4], "rejected_prompt_length": 1}]
     assert set(PreferenceCollator(0, has_layout=False)(rows)) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_tokens_are_kept_for_any_run_with_the_same_settings_of_data(tokenizer, make_args, tmp_path):
+    """`datasets` looks results up by a fingerprint, in which nothing else may be."""
+    rows = Dataset.from_list(make_pairs(3))
+    tokenizer("once")  # its state changes at the first call
+
+    def fingerprint(**settings):
+        return prepare_dataset(rows, tokenizer, make_args(**settings), "train")._fingerprint
+
+    first = fingerprint()
+    assert fingerprint(output_dir=str(tmp_path / "other"), learning_rate=0.5, seed=9) == first
+    assert fingerprint(max_length=99) != first
+
+
+def test_prepared_rows_without_a_target_are_dropped(tokenizer, make_args, monkeypatch):
+    from slime_fused.trainer import data
+
+    warnings: list[str] = []
+    monkeypatch.setattr(data.logger, "warning", warnings.append)
+    whole = prepare_dataset(make_pairs(3), tokenizer, make_args(), "train")
+    assert prepare_dataset(whole, tokenizer, make_args(), "train") is whole
+    rows = whole.to_list()
+    rows[1]["rejected_prompt_length"] = len(rows[1]["rejected_ids"])
+    kept = prepare_dataset(Dataset.from_list(rows), tokenizer, make_args(max_length=2), "train")
+    assert kept.to_list() == [rows[0], rows[2]]
+    assert warnings[0].startswith("train dataset: 3 of 3 pairs are longer than max_length=2 and stay so")
+    assert warnings[1] == "train dataset: dropped 1 of 3 pairs: no response token"
+    streamed = prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, make_args(), "train")
+    assert list(streamed) == kept.to_list()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from transformers import Trainer
 
 from slime_fused import reference
-from slime_fused.losses import CPO, DPO, KTO, ORPO, AlphaPO, Own, SimPO, Slime, UnitTerms
+from slime_fused.losses import CPO, DPO, KTO, ORPO, SFT, AlphaPO, Own, PolicyGradient, SimPO, Slime, UnitTerms
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
-from slime_fused.trainer.reference import REFERENCE_COLUMNS
+from slime_fused.trainer.data import PreferenceCollator, prepare_dataset
+from slime_fused.trainer.formats import REFERENCE_COLUMNS
+from slime_fused.trainer.reference import LateReference
 from tests.tiny_models import make_pairs, tiny_llama
 from tests.trainer.test_trainer import GradientRecorder, losses
 
@@ -271,6 +274,12 @@ def test_a_resumed_run_has_the_reference_of_the_first(tokenizer, settings, tmp_p
         (None, TypeError, r"loss: expected a value of slime_fused.losses.* got None"),
         ("dpo", TypeError, "loss: expected a loss of slime_fused.losses .* got 'dpo'"),
         (KTO(), ValueError, r"loss: KTO\(baseline='given'\) expected a kl_baseline .* use baseline='batch'"),
+        (
+            SFT(),
+            ValueError,
+            r"loss: expected a loss of preferences, got SFT\(.*rejected responses too; take SftTrainer",
+        ),
+        (PolicyGradient(), ValueError, r"loss: expected a loss of preferences, got PolicyGradient\(.*sampled"),
         (DPO(ld_alpha=0.5), ValueError, "expected a reference's log-prob of every token"),
         (Own(squared, needs=("temperatures",)), ValueError, r"loss: squared expected \['temperatures'\]"),
     ],
@@ -303,3 +312,67 @@ def test_evaluation_while_training_keeps_the_reference_of_before(tokenizer, sett
     values = [row["eval_a_loss"] for row in trainer.state.log_history if "eval_a_loss" in row]
     assert values[0] == pytest.approx(0.693147, abs=1e-5)
     assert values[2] < values[1] < values[0]
+
+
+def with_sums(rows):
+    """As TRL's ``precompute_ref_log_probs`` leaves them."""
+    return [{**row, "ref_chosen_logps": -3.0 - i, "ref_rejected_logps": -5.25} for i, row in enumerate(rows)]
+
+
+def test_reference_columns_of_the_rows_are_kept(tokenizer, settings):
+    rows = with_sums(make_pairs(4))
+    trainer, _ = build(tokenizer, settings(max_steps=1), DPO(), rows=rows, eval_dataset=rows)
+    trainer.train()
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        assert dataset["ref_chosen_logps"][:] == [-3.0, -4.0, -5.0, -6.0]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    stream = prepare_dataset(stream, tokenizer, settings(), "train", REFERENCE_COLUMNS)
+    assert list(stream) == trainer.train_dataset.to_list()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    model = tiny_llama(len(tokenizer))
+    value, _ = by_hand(model, batch, DPO(), torch.tensor([-3.0, -4, -5, -6, *[-5.25] * 4]).double())
+    assert losses(trainer)[0] == pytest.approx(float(value.detach()), rel=1e-4)
+    without, _ = build(tokenizer, settings(), SimPO(), rows=rows)
+    assert REFERENCE_COLUMNS[0] not in without.train_dataset.column_names
+    with pytest.raises(ValueError, match=r"train_dataset: expected rows with \('ref_chosen.*to fit max_length=12"):
+        build(tokenizer, settings(max_length=12), DPO(), rows=rows)
+    with pytest.raises(ValueError, match="expected a number in 'ref_chosen_logps' of every row, got None"):
+        build(tokenizer, settings(), DPO(), rows=[*rows, {**rows[0], "ref_chosen_logps": None}])
+
+
+def test_a_reference_is_not_rounded_with_a_batch_of_deepspeed_s(tokenizer, settings, monkeypatch):
+    """Its trainer casts what floats in a batch to the engine's 16 bits, in which 301.3 is 302."""
+    monkeypatch.setattr(
+        Trainer,
+        "_prepare_input",
+        lambda self, data: {k: v.bfloat16() if torch.is_floating_point(v) else v for k, v in data.items()},
+    )
+    trainer, _ = build(tokenizer, settings(), DPO(), rows=with_sums(make_pairs(4)))
+    batch = {
+        "input_ids": torch.tensor([1]),
+        "other": torch.ones(1),
+        "ref_sum_logps": torch.tensor([301.3]).double(),
+    }
+    prepared = trainer._prepare_inputs(batch)
+    assert prepared["other"].dtype == torch.bfloat16
+    assert prepared["ref_sum_logps"].tolist() == batch["ref_sum_logps"].tolist()
+    assert prepared["ref_sum_logps"].dtype == torch.float64
+
+
+def test_a_collator_may_be_replaced(tokenizer, settings):
+    expected, _ = build(tokenizer, settings(learning_rate=0.05), DPO())
+    expected.train()
+    trainer, _ = build(tokenizer, settings(learning_rate=0.05), DPO())
+    trainer.data_collator = PreferenceCollator(tokenizer.pad_token_id)
+    trainer.train()
+    assert losses(trainer) == losses(expected)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_before_a_sharded_model_has_a_reference(tokenizer, settings, strategy):
+    trainer, _ = build(tokenizer, settings(train_sampling_strategy=strategy), DPO())
+    torch.manual_seed(0)
+    expected = list(trainer._get_train_sampler())
+    trainer.train_dataset = LateReference(trainer.train_dataset)
+    torch.manual_seed(0)
+    assert list(trainer._get_train_sampler()) == expected

@@ -46,6 +46,16 @@ def test_every_kind_of_file_gives_the_same_pairs(tmp_path):
         assert read_pairs(path).to_list() == rows, path.name
 
 
+def test_a_reference_s_log_probs_are_read(tmp_path):
+    sums = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0}
+    for row in (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [4]},
+    ):
+        (tmp_path / "pairs.jsonl").write_text(json.dumps({**row, **sums}) + "\n")
+        assert read_pairs(tmp_path / "pairs.jsonl").to_list() == [{**row, **sums}]
+
+
 def test_token_ids_as_trl_makes_them_are_read(tmp_path):
     row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from slime_fused import reference
@@ -162,6 +163,19 @@ def test_rows_without_a_completion_are_dropped(tokenizer, tmp_path):
     assert len(kept) == 2
     whole = prepare_examples(rows[:2], tokenizer, config(tmp_path, completion_only_loss=False), "train")
     assert whole["labels"][:] == whole["input_ids"][:]
+
+
+def test_prepared_rows_without_a_label_are_dropped(tokenizer, tmp_path):
+    """Entropy was NaN on a batch of them, with smoothing; without, training stopped there."""
+    prepared = prepare_examples(make_rows(2), tokenizer, config(tmp_path), "train")
+    rows = [*prepared.to_list(), {"input_ids": [5, 6, 7], "labels": [5, IGNORE_INDEX, IGNORE_INDEX]}]
+    args = config(tmp_path, per_device_train_batch_size=1, label_smoothing=0.1, max_steps=-1, num_train_epochs=1)
+    trainer, _ = train(tokenizer, args, Dataset.from_list(rows))
+    told = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(told) == 2
+    assert all(row["entropy"] > 0 for row in told)
+    with pytest.raises(ValueError, match="train_dataset: none of its 1 rows has a response token"):
+        prepare_examples(Dataset.from_list(rows[2:]), tokenizer, config(tmp_path), "train")
 
 
 @pytest.mark.parametrize("completion_only", [True, False])

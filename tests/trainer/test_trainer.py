@@ -10,9 +10,10 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
+from slime_fused.trainer.callbacks import MetricsFile
 from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
 
 
@@ -255,3 +256,14 @@ def test_checkpointing_is_left_to_fsdp_where_it_is_asked_to(make_args, fsdp_conf
         assert make_args(gradient_checkpointing=None, fsdp_config=config).gradient_checkpointing is expected
     args = make_args(gradient_checkpointing=True, fsdp_config=dict(fsdp_config))
     assert args.gradient_checkpointing is True
+
+
+def test_a_report_that_was_being_written_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    state = TrainerState(global_step=2)
+    MetricsFile(path).on_train_begin(None, state, None)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):  # which no killed run leaves
+        MetricsFile(path).on_train_begin(None, state, None)

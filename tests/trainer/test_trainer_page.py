@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from slime_fused.trainer import quick_help
 from slime_fused.trainer.arguments import make_parser, parse_arguments
 from slime_fused.trainer.cli import main
 from slime_fused.trainer.formats import pair_columns
@@ -102,6 +104,14 @@ def test_settings_exist():
     foreign |= {"--dataset_name", "--dataset_train_split", "--dataset_test_split"}  # TRL's
     named = set(re.findall(r"--[a-z]\w+", PAGE))
     assert named - foreign <= known.union(*own.values())
+
+
+def test_help_where_sources_cannot_be_read(monkeypatch):
+    """It imports `TrainingArguments` then; a release may declare them in another form."""
+    expected = quick_help.short_help()
+    spec = types.SimpleNamespace(origin="/nowhere/__init__.py")
+    monkeypatch.setattr(quick_help.importlib.util, "find_spec", lambda name: spec)
+    assert quick_help.short_help() == expected
 
 
 def test_reported_names(cwd):
