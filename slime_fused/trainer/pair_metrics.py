@@ -1,8 +1,8 @@
 """What is logged of a batch of preference pairs.
 
 ``logps/chosen`` and ``logps/rejected`` are mean log-probs per token; ``logps_sum/*`` are sums over the response,
-which TRL calls ``logps/*``. ``entropy`` and ``mean_token_accuracy`` are means over response tokens. For ``rewards/*``
-see `slime_fused.model.reports`. Terms of the loss come as ``dpo/preference``, ``slime/anchor``, ...
+which TRL calls ``logps/*``. ``entropy`` and ``mean_token_accuracy`` are means over response tokens. ``rewards/*``
+are those of `slime_fused.model.reports`. Terms of the loss come as ``dpo/preference``, ``slime/anchor``, ...
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from peft import LoraConfig
 
 from slime_fused import reference
 from slime_fused.losses import CPO, DPO, KTO, ORPO, AlphaPO, Own, SimPO, Slime, UnitTerms
+from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
-from slime_fused.trainer.reference import REFERENCE_COLUMNS
 from tests.tiny_models import make_pairs, tiny_llama
 from tests.trainer.test_trainer import GradientRecorder, losses
 

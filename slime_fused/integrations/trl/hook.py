@@ -15,13 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from slime_fused.integrations.trl.checks import HOOK, check_batch
 from slime_fused.integrations.trl.metrics import STATISTICS, record
-from slime_fused.integrations.trl.reference import COLUMNS, ReferenceLogProbs, split_batch
+from slime_fused.integrations.trl.reference import ReferenceLogProbs, split_batch
 from slime_fused.losses import Formula, Slime
 from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, run_in_head
 from slime_fused.model.check import HeadMismatchError, check_head
 from slime_fused.model.head import unwrap_peft
 from slime_fused.model.items import PairCounts, first_items, own_items
+from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.model.terms import reweighted
 from slime_fused.model.transform import find_logit_transform
 
@@ -109,7 +110,7 @@ class LossHook:
     def prepare_inputs(self, inputs: Any) -> Any:
         """A batch on the device, with the reference's log-probs as they are: DeepSpeed would round them."""
         prepared = self._plain["_prepare_inputs"](inputs)
-        exact = {name: inputs[name] for name in COLUMNS if name in inputs}
+        exact = {name: inputs[name] for name in REFERENCE_COLUMNS if name in inputs}
         return {**prepared, **{name: value.to(prepared[name].device) for name, value in exact.items()}}
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
