@@ -20,6 +20,7 @@ from slime_fused.model.calls import FusedLogps, FusedLoss, run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head
 from slime_fused.model.options import check_options
+from slime_fused.model.reference import evaluating
 from slime_fused.model.terms import find_token_mean, logged_term
 from slime_fused.model.transform import LogitTransform, find_logit_transform
 from slime_fused.model.wrappers import unwrap_module, unwrap_peft
@@ -114,7 +115,7 @@ class BatchLoss:
     def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
         """Log-prob of each label, in the shape of `Labels.flat`, without a gradient and without dropout."""
         call = FusedLogps(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             return run_in_head(model, inputs, call)["logps"]
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
@@ -220,15 +221,3 @@ def total_loss(outputs: Mapping[str, Tensor]) -> Tensor:
 def _transform(model: Any) -> LogitTransform:
     # A DeepSpeed engine has a config, too: its own.
     return find_logit_transform(unwrap_peft(unwrap_module(model)).config)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

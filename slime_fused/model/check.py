@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slime_fused.model.calls import FusedLogProbs, run_in_head
+from slime_fused.model.reference import evaluating
 from slime_fused.model.transform import LogitTransform
 from slime_fused.model.wrappers import unwrap_module, unwrap_peft
 
@@ -64,24 +65,19 @@ def check_head(
         looked_at = row  # images cannot be told apart by sequence
     positions = targets - 1 - length  # the token at t is predicted at t - 1; counted from the end
     options = {"logits_to_keep": int(-positions[0])} if "logits_to_keep" in parameters else {}
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(**inputs, **options).logits[looked_at, positions]  # (K, V)
-            _check_width(logits, base.get_output_embeddings())
-            expected = torch.log_softmax(logits.float(), dim=-1)
-            tokens = torch.stack([batch["input_ids"][row, targets], logits.argmax(-1), logits.argmin(-1)], dim=1)
-            call = FusedLogProbs(positions, tokens, transform, backend, workspace, looked_at)
-            dtypes: list[torch.dtype] = []
+    with torch.no_grad(), evaluating(model):
+        logits = model(**inputs, **options).logits[looked_at, positions]  # (K, V)
+        _check_width(logits, base.get_output_embeddings())
+        expected = torch.log_softmax(logits.float(), dim=-1)
+        tokens = torch.stack([batch["input_ids"][row, targets], logits.argmax(-1), logits.argmin(-1)], dim=1)
+        call = FusedLogProbs(positions, tokens, transform, backend, workspace, looked_at)
+        dtypes: list[torch.dtype] = []
 
-            def probe(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-                dtypes.append(_product_dtype(hidden, weight))
-                return call(hidden, weight, bias)
+        def probe(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+            dtypes.append(_product_dtype(hidden, weight))
+            return call(hidden, weight, bias)
 
-            fused = run_in_head(model, inputs, probe)["logps"]
-    finally:
-        model.train(was_training)
+        fused = run_in_head(model, inputs, probe)["logps"]
     expected = expected.gather(1, tokens)
     difference = float((fused.float() - expected).abs().max())
     dtype = dtypes[0]

@@ -13,7 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from slime_fused.trainer.formats import REFERENCE_COLUMNS, PreferenceFormatError
+from slime_fused.model.reference import REFERENCE_COLUMNS
+from slime_fused.trainer.formats import PreferenceFormatError
 
 Columns = Callable[[Mapping[str, Any], str], dict[str, Any]]
 """Brings a row to its common form: (row, how errors name it) -> columns. Raises PreferenceFormatError."""

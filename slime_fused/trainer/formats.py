@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime_fused.model.reference import REFERENCE_COLUMNS
+
 Messages = list[dict[str, Any]]
 
 TOKENISED = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of a pair that is tokenised already."""
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-"""Of a dataset: a reference's log-prob of each response, summed over its tokens."""
 
 EXPECTED = "'chosen' and 'rejected', and usually 'prompt', each a text or a list of {role, content} messages"
 

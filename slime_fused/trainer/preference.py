@@ -14,12 +14,12 @@ from slime_fused.losses import SFT, Formula, PolicyGradient, as_loss
 from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, naive_loss
 from slime_fused.model.items import PairCounts
+from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.model.terms import find_token_mean, logged_term, reweighted
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
-from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.pair_metrics import REFERENCE, pair_means, token_means, unit_means
 from slime_fused.trainer.reference import LateReference
 from slime_fused.trainer.reference_pass import ReferencePass

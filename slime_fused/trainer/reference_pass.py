@@ -11,16 +11,13 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from slime_fused.model.calls import FusedLogps
-from slime_fused.trainer.formats import REFERENCE_COLUMNS
+from slime_fused.model.reference import REFERENCE_COLUMNS, as_reference, reference_table, with_columns
 from slime_fused.trainer.pair_metrics import REFERENCE
 from slime_fused.trainer.reference import (
     LateReference,
     ReferenceCollator,
     adapter_changes,
-    as_reference,
     naive_sums,
-    reference_table,
-    with_columns,
 )
 
 logger = logging.get_logger(__name__)
@@ -149,8 +146,10 @@ class ReferencePass:
 
     def _table(self, dataset: Dataset, model: nn.Module) -> Tensor:
         trainer = self._trainer
+        lengths = [max(len(a), len(b)) for a, b in zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)]
         return reference_table(
             dataset,
+            lengths,
             lambda rows: self._sums(model, trainer._prepare_inputs(trainer.data_collator(rows))),
             batch_size=trainer.args.eval_batch_size,
             accelerator=trainer.accelerator,

@@ -329,7 +329,7 @@ def test_two_processes_step_as_one(tmp_path):
         for found, truth in [*zip(steps, expected_steps, strict=True), (evaluation, expected_evaluation)]:
             assert "grad_norm" in found or found is evaluation
             for name, value in truth.items():
-                # The first step's margins are 0 but for rounding, which decides how many are above it.
-                is_noise = name == "rewards/accuracies" and found is steps[0]
+                # Where margins are 0 but for rounding, rounding decides how many are above it.
+                is_noise = name == "rewards/accuracies" and abs(truth["rewards/margins"]) < 1e-6
                 if not is_noise and not name.endswith(("_time", "_runtime", "_per_second")):
                     assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), (folder.name, name)

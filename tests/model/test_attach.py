@@ -9,7 +9,10 @@ import types
 import pytest
 import torch
 
+from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head
+from slime_fused.model.reference import as_reference
+from slime_fused.model.transform import LogitTransform
 from slime_fused.trainer import SlimeTrainer
 from tests.model.head_cases import VOCABULARY, assert_as_own_logits, text_batch
 from tests.tiny_models import make_pairs, tiny_llama
@@ -104,3 +107,16 @@ def test_a_model_without_a_loss_compiles_into_one_graph():
         return model(input_ids=ids).logits
 
     assert torch._dynamo.explain(logits)(text_batch()["input_ids"]).graph_break_count == 0
+
+
+def test_a_pass_that_only_looks_leaves_every_module_in_its_mode():
+    """A frozen part that was put into evaluation stays there."""
+    model = tiny_llama(VOCABULARY).train()
+    attach_head(model)
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    check_head(model, text_batch(), LogitTransform(), "auto", "auto")
+    assert [module.training for module in model.modules()] == modes
+    with as_reference(model, model):
+        assert not model.training
+    assert [module.training for module in model.modules()] == modes

@@ -10,9 +10,9 @@ from transformers import Trainer
 
 from slime_fused import reference
 from slime_fused.losses import CPO, DPO, KTO, ORPO, SFT, AlphaPO, Own, PolicyGradient, SimPO, Slime, UnitTerms
+from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
 from slime_fused.trainer.data import PreferenceCollator, prepare_dataset
-from slime_fused.trainer.formats import REFERENCE_COLUMNS
 from slime_fused.trainer.reference import LateReference
 from tests.tiny_models import make_pairs, tiny_llama
 from tests.trainer.test_trainer import GradientRecorder, losses

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slime_fused.integrations.trl.checks import HOOK, check_batch
-from slime_fused.integrations.trl.metrics import STATISTICS, WeightedMeans, measured
-from slime_fused.integrations.trl.reference import COLUMNS, ReferenceLogProbs, split_batch
+from slime_fused.integrations.trl.metrics import STATISTICS, record
+from slime_fused.integrations.trl.reference import ReferenceLogProbs, split_batch
 from slime_fused.losses import Formula, Slime
+from slime_fused.model.averages import Averages
 from slime_fused.model.calls import FusedLoss, run_in_head
 from slime_fused.model.check import HeadMismatchError, check_head
 from slime_fused.model.head import unwrap_peft
 from slime_fused.model.items import PairCounts, first_items, own_items
+from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.model.terms import reweighted
 from slime_fused.model.transform import find_logit_transform
 
@@ -54,7 +56,7 @@ class LossHook:
         self._workspace = workspace
         self._transform = find_logit_transform(self._base().config)
         self._head_is_checked = not check_head
-        self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
+        self._means = {"train": Averages(), "eval": Averages()}
         self._window: Tensor | None = None
         self._guard = HookGuard(self)
 
@@ -108,7 +110,7 @@ class LossHook:
     def prepare_inputs(self, inputs: Any) -> Any:
         """A batch on the device, with the reference's log-probs as they are: DeepSpeed would round them."""
         prepared = self._plain["_prepare_inputs"](inputs)
-        exact = {name: inputs[name] for name in COLUMNS if name in inputs}
+        exact = {name: inputs[name] for name in REFERENCE_COLUMNS if name in inputs}
         return {**prepared, **{name: value.to(prepared[name].device) for name, value in exact.items()}}
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
@@ -130,12 +132,12 @@ class LossHook:
         total = outputs["loss"]
         if "aux_loss" in outputs:
             total = total + outputs["aux_loss"]
-        weight = float(num_pairs)
-        values = measured(outputs, labels, loss, given, weight)
-        coefficient = getattr(trainer, "router_aux_loss_coef", None)
-        if "aux_loss" in outputs:
-            values["aux_loss"] = (outputs["aux_loss"].detach() / (coefficient or 1.0) * weight, weight)
-        self._means[mode].add(values, inputs["attention_mask"].sum() if mode == "train" else None)
+        told = dict(outputs)
+        if "aux_loss" in outputs:  # TRL reports it without its weight
+            told["aux_loss"] = outputs["aux_loss"] / (getattr(trainer, "router_aux_loss_coef", None) or 1.0)
+        record(self._means[mode], told, labels, loss, given, is_counted=num_pairs > 0)
+        if mode == "train":
+            self._means[mode].count({"num_tokens": inputs["attention_mask"].sum()})
         if shares is not None:
             total = total * shares[0].to(total.dtype)
         if not return_outputs:
@@ -149,9 +151,9 @@ class LossHook:
         """Adds the means since the last report, under TRL's names; `evaluate` returns them, too."""
         trainer = self._trainer
         mode = "train" if trainer.model.training else "eval"
-        if self._means[mode] and any(name == "loss" or name.endswith("_loss") for name in logs):
-            means, num_tokens = self._means[mode].flush(self._sum)
-            trainer._total_train_tokens += num_tokens // getattr(trainer, "_tp_size", 1)
+        is_report = any(name == "loss" or name.endswith("_loss") for name in logs)
+        if is_report and (means := self._means[mode].flush(self._sum)):
+            trainer._total_train_tokens += int(means.pop("num_tokens", 0)) // getattr(trainer, "_tp_size", 1)
             means["num_tokens"] = trainer._total_train_tokens
             prefix = "eval_" if mode == "eval" else ""
             logs.update({f"{prefix}{name}": value for name, value in means.items()})
@@ -162,7 +164,7 @@ class LossHook:
         self._window = None
         for mode in modes:
             self.calls[mode] = 0
-            self._means[mode] = WeightedMeans()
+            self._means[mode] = Averages()
 
     def _base(self) -> Any:
         return unwrap_peft(self._trainer.accelerator.unwrap_model(self._trainer.model))

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from slime_fused.integrations.trl.placeholder import NoReference
 from slime_fused.losses import Formula
 from slime_fused.model.calls import FusedLogps
 from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.reference import REFERENCE_COLUMNS, as_reference, reference_table, with_columns
 from slime_fused.model.transform import find_logit_transform
-
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-"""TRL's names for summed log-probs in a dataset and a batch."""
 
 _ADAPTER = "ref"
 """TRL's name for the copy that it makes of a pre-trained adapter."""
@@ -59,7 +55,7 @@ class ReferenceLogProbs:
                     "step, got True"
                 )
             return self
-        has_columns = all(name in (getattr(trainer.train_dataset, "column_names", None) or ()) for name in COLUMNS)
+        has_columns = set(REFERENCE_COLUMNS) <= set(getattr(trainer.train_dataset, "column_names", None) or ())
         if self._needs_tokens and trainer.precompute_ref_logps:
             raise ValueError(
                 f"args.precompute_ref_log_probs: expected False, since {loss.name} needs the reference's log-probs "
@@ -71,7 +67,8 @@ class ReferenceLogProbs:
             )
             raise ValueError(
                 f"ref_model: {loss.name} expected a reference model, an adapter to switch off, or columns "
-                f"{' and '.join(COLUMNS)} (precompute_ref_log_probs=True); {gone}. Construct the DPOTrainer again"
+                f"{' and '.join(REFERENCE_COLUMNS)} (precompute_ref_log_probs=True); {gone}. Construct the "
+                "DPOTrainer again"
             )
         if self._separate is not None:
             attach_head(trainer.accelerator.unwrap_model(self._separate))
@@ -115,8 +112,8 @@ class ReferenceLogProbs:
             return {}
         if self._needs_tokens:
             return {"ref_token_logps": self._logps(model_inputs, labels, per_token=True)}
-        if all(name in inputs for name in COLUMNS):
-            sums = torch.cat([inputs[name] for name in COLUMNS]).to(labels.device)
+        if all(name in inputs for name in REFERENCE_COLUMNS):
+            sums = torch.cat([inputs[name] for name in REFERENCE_COLUMNS]).to(labels.device)
         else:
             sums = self._logps(model_inputs, labels)
         if "ref_mean_logps" in self._loss.needs:
@@ -128,31 +125,19 @@ class ReferenceLogProbs:
         trainer = self._trainer
         if not self._has_model:
             raise ValueError(
-                f"eval_dataset: {self._loss.name} expected the columns {' and '.join(COLUMNS)} in every dataset, "
-                "since no reference model is kept; pass this dataset when the trainer is constructed"
+                f"eval_dataset: {self._loss.name} expected the columns {' and '.join(REFERENCE_COLUMNS)} in every "
+                "dataset, since no reference model is kept; pass this dataset when the trainer is constructed"
             )
         model = trainer.model if self._separate is None else self._separate
         config = unwrap_peft(trainer.accelerator.unwrap_model(model)).config
         where = (find_logit_transform(config), self._backend, self._workspace)
         call = FusedLogps(labels, None, *where, reduction="none" if per_token else "sum")
-        was_training = model.training
-        # A model of its own was put into this mode by TRL; the policy's dropout must not make the reference random.
-        model.eval()
-        try:
-            # Preparing a model for mixed precision puts autocast around the forward that `head_call` goes around.
-            with torch.no_grad(), self._adapter_switched(), trainer.accelerator.autocast():
-                logps: Tensor = model(**model_inputs, head_call=call)["logps"]
-        finally:
-            model.train(was_training)
+        adapted = self._model if self._separate is None else None
+        copy = _ADAPTER if _ADAPTER in getattr(adapted, "peft_config", ()) else None
+        # Preparing a model for mixed precision puts autocast around the forward that `head_call` goes around.
+        with as_reference(model, adapted, copy), trainer.accelerator.autocast():
+            logps: Tensor = model(**model_inputs, head_call=call)["logps"]
         return logps
-
-    def _adapter_switched(self) -> AbstractContextManager[None]:
-        """The policy's adapter off, or TRL's copy of it on, where there is no model of its own."""
-        if self._separate is not None:
-            return nullcontext()
-        model = self._model
-        disabled: AbstractContextManager[None] = model.disable_adapter()
-        return _active_adapter(model, _ADAPTER) if _ADAPTER in model.peft_config else disabled
 
     def drop(self) -> None:
         """Free the reference model, and TRL's copy of the adapter, and let evaluation ask for neither."""
@@ -211,47 +196,28 @@ class ReferenceLogProbs:
             raise ValueError(
                 f"cache_reference: expected {name} to be a datasets.Dataset, got {type(dataset).__name__}"
             )
-        if all(column in dataset.column_names for column in COLUMNS):
+        if all(column in dataset.column_names for column in REFERENCE_COLUMNS):
             return dataset
-        accelerator = self._trainer.accelerator
-        # Not the accelerator's own way for training: it would keep the loader for the run's checkpoints.
-        # Every process takes as many batches, some examples twice: a sharded model is gathered by all together.
-        rank, world = accelerator.process_index, accelerator.num_processes
-        share = [(rank + i) % len(dataset) for i in range(0, len(dataset), world)]
-        loader: DataLoader[Any] = DataLoader(
-            dataset.select(share),
-            batch_size,
-            collate_fn=self._trainer.data_collator,  # type: ignore[arg-type]
+        trainer = self._trainer
+        table = reference_table(
+            dataset,
+            [0] * len(dataset),  # in the dataset's order
+            self._sums_of,
+            batch_size=batch_size,
+            accelerator=trainer.accelerator,
+            is_quiet=trainer.args.disable_tqdm,
         )
-        sums = torch.full((2, len(dataset)), -torch.inf, dtype=torch.float64, device=accelerator.device)
-        begin = 0
-        for batch in loader:
-            model_inputs, labels = split_batch(
-                self._trainer, {key: value.to(accelerator.device) for key, value in batch.items()}
-            )
-            found = self._logps(model_inputs, labels).double().view(2, -1)
-            places = [share[begin + i] for i in range(found.shape[1])]
-            sums[:, places] = found
-            begin += found.shape[1]
-        columns = accelerator.gather(sums.unsqueeze(0)).amax(0).float().tolist()
-        for column, values in zip(COLUMNS, columns, strict=True):
-            dataset = dataset.add_column(column, values)  # type: ignore[call-arg]
-        return dataset
+        return with_columns(dataset, table.float())
 
-
-@contextmanager
-def _active_adapter(model: Any, name: str) -> Iterator[None]:
-    active = model.active_adapter
-    model.set_adapter(name)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
+    def _sums_of(self, rows: list[Any]) -> Tensor:
+        trainer = self._trainer
+        batch = {key: value.to(trainer.accelerator.device) for key, value in trainer.data_collator(rows).items()}
+        return self._logps(*split_batch(trainer, batch))
 
 
 def split_batch(trainer: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """(what the model is called with, labels (S, T)): -100 on prompt and padding, not shifted."""
-    own = ("completion_mask", *COLUMNS)
+    own = ("completion_mask", *REFERENCE_COLUMNS)
     model_inputs = {key: value for key, value in inputs.items() if key not in own}
     completion = inputs["completion_mask"]
     if hasattr(trainer, "_truncate_inputs"):  # TRL 0.29 and 1.0 pad first, and truncate in the loss
