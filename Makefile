@@ -11,7 +11,8 @@ OTHER_PRODUCTS := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILIT
 PRODUCT_TESTS := $(addprefix tests/, $(addsuffix .py, test_slime_values test_slime_loss test_token_ops test_autograd \
   test_autocast test_edges test_float16 test_scales test_fused test_vocab_sweep test_properties test_cross_entropy \
   test_backend_grid test_preference_loss test_token_statistics test_token_statistics_edges \
-  test_unit_losses_statistics trainer/test_trainer model/test_head trainer/test_readme))
+  test_unit_losses_statistics trainer/test_trainer trainer/test_losses trainer/test_sft trainer/test_readme \
+  model/test_head integrations/test_trl_enable))
 
 .PHONY: test test-integrations lint build demo bench report clean
 
