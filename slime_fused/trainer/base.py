@@ -19,13 +19,17 @@ from slime_fused.model.check import check_head
 from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
 from slime_fused.model.transform import find_logit_transform
 from slime_fused.trainer.card import CardText, model_card
+from slime_fused.trainer.checkpoints import RUN_KEY, check_same_run, find_checkpoint
 from slime_fused.trainer.config import HeadConfig
+from slime_fused.trainer.data import check_vocabulary
 from slime_fused.trainer.evaluation import ExactEvaluation
 from slime_fused.trainer.saving import whole_weights
 from slime_fused.trainer.setup import (
     CheckedCollator,
     call_model_init,
     check_arguments,
+    check_trains,
+    embedding_size,
     find_tokenizer,
     initial_model,
     ready_model,
@@ -70,6 +74,8 @@ class HeadTrainer(ExactEvaluation, ABC):
     """Entries of a batch that are for the loss, not for the model."""
     tag_names: ClassVar[tuple[str, ...]] = ()
     """Tags of the models it makes."""
+    stage: ClassVar[str] = ""
+    """The kind of training, which a run goes on with from a checkpoint."""
     # Our loss is normalised over the whole accumulation window; the base class must not divide it again.
     loss_is_scaled_for_ga = True
 
@@ -95,6 +101,8 @@ class HeadTrainer(ExactEvaluation, ABC):
         loaded = ready_model(loaded, peft_config, args)
         args = with_learning_rate(args, loaded)
         self.transform = find_logit_transform(unwrap_peft(loaded).config)
+        self.num_embeddings = embedding_size(loaded)
+        check_vocabulary([tokenizer.pad_token_id], self.num_embeddings, tokenizer, "processing_class, its padding")
         self._train_averages, self._eval_averages = Averages(), Averages()
         self._num_tokens: Tensor | float | None = None
         self._head_is_checked = not args.check_head or args.loss_impl == "naive"
@@ -160,11 +168,30 @@ class HeadTrainer(ExactEvaluation, ABC):
         self._signature_columns: Any = list(self.token_columns)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class."""
+        """As in the base class, from a checkpoint that is whole and of this kind of run.
+
+        Raises RunRefusedError where there is none, or where no step would be made or change anything.
+        """
+        check_trains(self.model, self.args, self.train_dataset)
+        resume_from_checkpoint = find_checkpoint(
+            resume_from_checkpoint, Path(str(self.args.output_dir)), save_only_model=self.args.save_only_model
+        )
+        if resume_from_checkpoint is not None:
+            check_same_run(resume_from_checkpoint, self._run_kind())
+        self.before_training(resume_from_checkpoint)
         self._num_tokens = None  # a checkpoint may know
         if self.args.loss_impl == "fused" and self.model is self.model_wrapped:
             attach_head(self.model)  # again, where something has replaced the model's forward since
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """What is done before the weights move or those of ``checkpoint`` are loaded: nothing here."""
+
+    def _run_kind(self) -> dict[str, Any]:
+        text = self.card_text()
+        settings = {name: getattr(value, "__qualname__", str(value)) for name, value in text.settings.items()}
+        is_adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return {"stage": self.stage, "adapter": is_adapter, "loss": {"trained": text.sentence, **settings}}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -271,6 +298,7 @@ class HeadTrainer(ExactEvaluation, ABC):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         kept: Any = self.state.stateful_callbacks
         kept[_TOKENS] = int(self._num_tokens or 0)
+        kept[RUN_KEY] = self._run_kind()
         super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(

@@ -9,18 +9,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import slime_fused
 from slime_fused.trainer.config import HeadConfig
-from slime_fused.trainer.formats import TOKENISED, is_empty, is_tokenised, parse_pair, token_ids
+from slime_fused.trainer.formats import (
+    TOKENISED,
+    PreferenceFormatError,
+    is_empty,
+    is_tokenised,
+    parse_pair,
+    token_ids,
+)
 from slime_fused.trainer.tokenization import RULES, TokenizedResponse, Truncation, tokenize_pair, truncate_pair
 
 logger = logging.get_logger(__name__)
 
 TOKEN_COLUMNS = ("chosen_ids", "chosen_prompt_length", "rejected_ids", "rejected_prompt_length")
+TOKEN_FEATURES = Features(
+    {name: Value("int64") if name.endswith("_length") else [Value("int64")] for name in TOKEN_COLUMNS}
+)
 IGNORE_INDEX = -100
 
 
@@ -35,10 +45,14 @@ class PairTokenizer:
     name: str
     max_length: int | None
     truncation: Truncation
+    num_embeddings: int | None = None
+    """Of the model, where token ids are to be below it."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no preference pair."""
-        chosen, rejected, verdict = self._tokens(row, f"row {index} of the {self.name} dataset")
+        where = f"row {index} of the {self.name} dataset"
+        chosen, rejected, verdict = self._tokens(row, where)
+        check_vocabulary([*chosen.ids, *rejected.ids], self.num_embeddings, self.tokenizer, where)
         is_cut = False
         if verdict == "empty" or min(chosen.num_targets, rejected.num_targets) < 1:
             verdict = "empty"
@@ -60,11 +74,14 @@ class PairTokenizer:
             "is_cut": is_cut,
         }
 
-    def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Of a row of `TOKEN_COLUMNS`: ``is_usable``, whether each response has a target; and its ``length``."""
         pair = [
             TokenizedResponse(row[f"{kind}_ids"], row[f"{kind}_prompt_length"]) for kind in ("chosen", "rejected")
         ]
+        where = f"row {index} of the {self.name} dataset"
+        for response in pair:
+            check_vocabulary(response.ids, self.num_embeddings, self.tokenizer, where)
         return {
             "is_usable": min(response.num_targets for response in pair) > 0,
             "length": max(len(response.ids) for response in pair),
@@ -89,21 +106,40 @@ _REASONS = {
 }
 
 
+def check_vocabulary(
+    ids: Sequence[int], num_embeddings: int | None, tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    """Refuse, with a PreferenceFormatError, token ids that the model cannot embed."""
+    largest = max(ids, default=0)
+    if num_embeddings is not None and largest >= num_embeddings:
+        raise PreferenceFormatError(
+            f"{where}: expected token ids below {num_embeddings}, the model's number of embeddings, got {largest}; "
+            f"processing_class has {len(tokenizer)} tokens: give the tokenizer of this model, or enlarge the model "
+            "(resize_token_embeddings)"
+        )
+
+
 def prepare_dataset(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: HeadConfig, name: str, carried: Sequence[str] = ()
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: HeadConfig,
+    name: str,
+    carried: Sequence[str] = (),
+    num_embeddings: int | None = None,
 ) -> Dataset | IterableDataset:
     """``dataset`` with the columns `TOKEN_COLUMNS`, ready to collate: see `prepare_rows`.
 
-    Raises PreferenceFormatError for a row that is no preference pair.
+    Raises PreferenceFormatError for a row that is no preference pair, or whose tokens are not below
+    ``num_embeddings``.
     """
-    function = PairTokenizer(tokenizer, name, args.max_length, args.truncation)
-    return prepare_rows(dataset, function, TOKEN_COLUMNS, "pairs", args.dataset_num_proc, carried)
+    function = PairTokenizer(tokenizer, name, args.max_length, args.truncation, num_embeddings)
+    return prepare_rows(dataset, function, TOKEN_FEATURES, "pairs", args.dataset_num_proc, carried)
 
 
 def prepare_rows(
     dataset: Any,
     function: Any,
-    columns: Sequence[str],
+    columns: Features,
     rows: str,
     num_proc: int | None,
     carried: Sequence[str] = (),
@@ -134,8 +170,11 @@ def prepare_rows(
     carried = tuple(carried) if set(carried) <= set(present or ()) else ()
     keeps = _Keeps(name, carried, function.max_length)
     if isinstance(dataset, IterableDataset):
-        # A stream need not know its columns before it runs, so the unwanted ones go last.
-        return dataset.map(function, with_indices=True).filter(keeps).select_columns([*columns, *carried])
+        # A stream need not know its columns before it runs, so the unwanted ones go last. It knows those whose
+        # types it is told, by which it is seen to be prepared.
+        features = Features({**columns, **{column: Value("float64") for column in carried}})
+        tokens = dataset.map(function, with_indices=True).filter(keeps)
+        return tokens.select_columns(list(features)).cast(features)
     tokens = dataset.map(
         function,
         with_indices=True,
@@ -173,17 +212,18 @@ class _Keeps:
         return is_kept
 
 
-def _is_usable(function: Any, row: Mapping[str, Any]) -> bool:
-    return bool(function.measure(row)["is_usable"])
+def _is_usable(function: Any, row: Mapping[str, Any], index: int) -> bool:
+    return bool(function.measure(row, index)["is_usable"])
 
 
 def _usable(dataset: Any, function: Any, rows: str, num_proc: int | None) -> Any:
     """A prepared ``dataset`` without the rows that hold nothing to train on; what is longer than others is told."""
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(partial(_is_usable, function))
+        return dataset.filter(partial(_is_usable, function), with_indices=True)
     name, total = function.name, len(dataset)
     told = dataset.map(
         function.measure,
+        with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=num_proc,
         desc=f"Checking the {name} {rows}",

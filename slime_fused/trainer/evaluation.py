@@ -49,8 +49,16 @@ class ExactEvaluation(Trainer):
         """`prepare_dataset`, by the main process first. None, and the name of an evaluation dataset, stay."""
         if dataset is None or isinstance(dataset, str):
             return dataset
+        error: Exception | None = None
         with PartialState().main_process_first():
-            return self.prepare_dataset(dataset, name)
+            # Raised inside, it would leave the others at a barrier that the main process never comes to.
+            try:
+                dataset = self.prepare_dataset(dataset, name)
+            except Exception as raised:
+                error = raised
+        if error is not None:
+            raise error
+        return dataset
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in the base class; ``eval_dataset`` may be raw rows."""

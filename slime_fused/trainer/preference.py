@@ -61,6 +61,7 @@ class PreferenceTrainer(HeadTrainer):
     loss_inputs = ("labels", "layout", REFERENCE)
     rows_per_item = 2
     tag_names: ClassVar[tuple[str, ...]] = ("preference-training",)
+    stage = "preference"
 
     def __init__(
         self,
@@ -87,10 +88,9 @@ class PreferenceTrainer(HeadTrainer):
         super().__init__(model, args, **kwargs)
         self._reference.begin()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class, after the reference's log-probs."""
-        self._reference.before_training(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def before_training(self, checkpoint: str | None) -> None:
+        """The reference's log-probs."""
+        self._reference.before_training(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if model is not None:  # sharded, and still as it was made
@@ -124,7 +124,7 @@ class PreferenceTrainer(HeadTrainer):
             return dataset
         tokenizer: Any = self.processing_class
         carried = REFERENCE_COLUMNS if self._reference.is_needed else ()
-        return prepare_dataset(dataset, tokenizer, self.args, name, carried)
+        return prepare_dataset(dataset, tokenizer, self.args, name, carried, self.num_embeddings)
 
     def make_collator(self, *, has_layout: bool) -> Callable[[list[Any]], dict[str, Any]]:
         """See `HeadTrainer.make_collator`."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from slime_fused.trainer.arguments import Settings
-from slime_fused.trainer.config import HeadConfig
+from slime_fused.trainer.checkpoints import checkpoints_in, find_checkpoint
 from slime_fused.trainer.loading import check_exists
 from slime_fused.trainer.options import UsageError
 from slime_fused.trainer.weighting import check_needs
@@ -36,8 +35,10 @@ def check_settings(settings: Settings) -> None:
         check_exists(script.tokenizer, "tokenizer")
     if settings.loss is not None:
         check_needs(settings.loss)
-    config.resume_from_checkpoint = resume_from(config)
     folder = Path(str(config.output_dir))
+    config.resume_from_checkpoint = find_checkpoint(
+        config.resume_from_checkpoint, folder, save_only_model=config.save_only_model
+    )
     if config.resume_from_checkpoint is None:
         if not script.overwrite_checkpoints:
             _check_folder(folder)
@@ -45,33 +46,6 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(
             f"overwrite_checkpoints: would delete {config.resume_from_checkpoint}, where the run is to go on from"
         )
-
-
-def resume_from(config: HeadConfig) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` means: none, the newest in the output folder, or a path.
-
-    Raises UsageError where there is none.
-    """
-    wanted: Any = config.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none", ""):
-        return None
-    folder = Path(str(config.output_dir))
-    if str(wanted).lower() == "true":
-        checkpoints = checkpoints_in(folder)
-        if not checkpoints:
-            raise UsageError(f"resume_from_checkpoint: {folder} holds no checkpoint")
-        return str(checkpoints[-1])
-    path = Path(str(wanted)).expanduser()
-    if not (path / "trainer_state.json").is_file():
-        reason = "a folder without trainer_state.json" if path.is_dir() else "no such folder"
-        raise UsageError(f"resume_from_checkpoint: expected a checkpoint, got {path}: {reason}")
-    return str(path)
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints that a run has left in its output folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
 
 
 def _check_folder(folder: Path) -> None:

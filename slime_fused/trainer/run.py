@@ -17,6 +17,7 @@ from slime_fused.model.check import HeadMismatchError
 from slime_fused.trainer.arguments import ScriptArguments, Settings, parse_arguments
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.callbacks import MetricsFile
+from slime_fused.trainer.checkpoints import RunRefusedError, checkpoints_in
 from slime_fused.trainer.config import SlimeConfig
 from slime_fused.trainer.formats import pair_columns
 from slime_fused.trainer.loading import load_model, load_tokenizer
@@ -24,7 +25,7 @@ from slime_fused.trainer.merging import adapts_embeddings, merge_adapter
 from slime_fused.trainer.options import UsageError
 from slime_fused.trainer.plotting import plot_history
 from slime_fused.trainer.preference import PreferenceTrainer
-from slime_fused.trainer.preflight import check_settings, checkpoints_in
+from slime_fused.trainer.preflight import check_settings
 from slime_fused.trainer.reading import load_rows, take_slice
 from slime_fused.trainer.sft import SftTrainer
 from slime_fused.trainer.sft_formats import example_columns
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
             shutil.rmtree(path)
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    except HeadMismatchError as error:
+    except (HeadMismatchError, RunRefusedError) as error:
         return _complain(error)
     trainer.save_model()
     trainer.save_state()
@@ -168,8 +169,9 @@ def _summarise(trainer: HeadTrainer, plot: Path | None) -> None:
     for column in ("", "first report", "last report"):
         table.add_column(column, justify="left" if not column else "right")
     for name in _SUMMARY if reports else ():
-        if name in reports[0]:
-            table.add_row(name, f"{reports[0][name]:.4f}", f"{reports[-1][name]:.4f}")
+        ends = [reports[0].get(name), reports[-1].get(name)]  # a run that goes on from another may log other names
+        if ends != [None, None]:
+            table.add_row(name, *("" if value is None else f"{value:.4f}" for value in ends))
     console = Console()
     console.print(table)
     files = ", ".join(["model", METRICS_FILE, *([plot.name] if plot else [])])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.trainer.checkpoints import RunRefusedError
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.dropout import switch_dropout_off
 from slime_fused.trainer.loading import load_model, load_tokenizer
@@ -74,6 +75,11 @@ def find_tokenizer(model: Any, loaded: Any) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
+def embedding_size(model: Any) -> int | None:
+    """How many token ids ``model`` embeds; None where its embedding does not say."""
+    return getattr(unwrap_peft(model).get_input_embeddings(), "num_embeddings", None)
+
+
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """``tokenizer`` with a pad token: its EOS token if it has none."""
     if tokenizer.pad_token is None:
@@ -124,6 +130,27 @@ def with_lengths(dataset: Any, args: HeadConfig) -> Any:
         return dataset
     lengths = [max(len(value) for value in row.values() if isinstance(value, list)) for row in dataset]
     return dataset.add_column(name, lengths)
+
+
+def check_trains(model: Any, args: HeadConfig, dataset: Any) -> None:
+    """Refuse, with a RunRefusedError, a training in which no step would be made or change anything."""
+    if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RunRefusedError(
+            "model: expected parameters to train, got none with requires_grad=True; set it, or add an adapter "
+            "(peft_config)"
+        )
+    if args.max_steps == 0:
+        raise RunRefusedError("max_steps: expected at least 1, or -1 for num_train_epochs, got 0")
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
+        raise RunRefusedError(
+            f"num_train_epochs: expected a number > 0 where max_steps is not given, got {args.num_train_epochs}"
+        )
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(dataset, "__len__") and len(dataset) < batch:
+        raise RunRefusedError(
+            f"dataloader_drop_last: expected at least the {batch} rows of one batch over all processes, of which "
+            f"fewer are dropped, got a train_dataset of {len(dataset)}"
+        )
 
 
 def refuse_streams(datasets: Any, num_processes: int) -> None:

@@ -39,11 +39,12 @@ class SftTrainer(HeadTrainer):
     config_class = SftConfig
     token_columns = SFT_COLUMNS
     tag_names = ("sft",)
+    stage = "sft"
 
     def prepare_dataset(self, dataset: Any, name: str) -> Dataset | IterableDataset:
         """See `HeadTrainer.prepare_dataset`."""
         tokenizer: Any = self.processing_class
-        return prepare_examples(dataset, tokenizer, self.args, name)
+        return prepare_examples(dataset, tokenizer, self.args, name, self.num_embeddings)
 
     def make_collator(self, *, has_layout: bool) -> Callable[[list[Any]], dict[str, Any]]:
         """See `HeadTrainer.make_collator`."""

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from slime_fused.trainer.data import IGNORE_INDEX, pad_batch, prepare_rows
+from slime_fused.trainer.data import IGNORE_INDEX, check_vocabulary, pad_batch, prepare_rows
 from slime_fused.trainer.formats import Messages, common_length, is_empty
 from slime_fused.trainer.sft_config import SftConfig
 from slime_fused.trainer.sft_formats import Example, parse_example
 from slime_fused.trainer.tokenization import Truncation, apply_template, prompt_ids, respond
 
 SFT_COLUMNS = ("input_ids", "labels")
+SFT_FEATURES = Features({name: [Value("int64")] for name in SFT_COLUMNS})
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,15 @@ class ExampleTokenizer:
     max_length: int | None
     truncation: Truncation
     completion_only_loss: bool
+    num_embeddings: int | None = None
+    """Of the model, where token ids are to be below it."""
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no example."""
-        example = parse_example(row, f"row {index} of the {self.name} dataset")
+        where = f"row {index} of the {self.name} dataset"
+        example = parse_example(row, where)
         ids, labels, is_prefix = tokenize_example(example, self.tokenizer)
+        check_vocabulary(ids, self.num_embeddings, self.tokenizer, where)
         if not self.completion_only_loss:
             labels = ids
         verdict, is_cut = "" if is_prefix else "shifted", False
@@ -50,8 +55,10 @@ class ExampleTokenizer:
                 verdict = verdict if num_targets(labels) else "cut"
         return {"input_ids": ids, "labels": labels, "verdict": verdict, "is_cut": is_cut}
 
-    def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Of a row of `SFT_COLUMNS`: ``is_usable``, whether it has a target; and its ``length``."""
+        where = f"row {index} of the {self.name} dataset"
+        check_vocabulary(row["input_ids"], self.num_embeddings, self.tokenizer, where)
         return {"is_usable": num_targets(row["labels"]) > 0, "length": len(row["input_ids"])}
 
 
@@ -118,11 +125,12 @@ def num_targets(labels: Sequence[int]) -> int:
 
 
 def prepare_examples(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SftConfig, name: str
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: SftConfig, name: str, num_embeddings: int | None = None
 ) -> Dataset | IterableDataset:
     """``dataset`` with the columns `SFT_COLUMNS`, ready to collate; otherwise as `prepare_dataset`."""
-    function = ExampleTokenizer(tokenizer, name, args.max_length, args.truncation, args.completion_only_loss)
-    return prepare_rows(dataset, function, SFT_COLUMNS, "rows", args.dataset_num_proc)
+    settings = (args.max_length, args.truncation, args.completion_only_loss)
+    function = ExampleTokenizer(tokenizer, name, *settings, num_embeddings)
+    return prepare_rows(dataset, function, SFT_FEATURES, "rows", args.dataset_num_proc)
 
 
 @dataclass(frozen=True)
