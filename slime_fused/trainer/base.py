@@ -55,7 +55,8 @@ class HeadTrainer(ExactEvaluation, ABC):
     never exist as a whole and sharded training keeps its hooks.
 
     An optimizer step has the same gradient however it is cut into micro-batches and spread over processes: each
-    micro-batch is weighted by its share of the step's items (pairs, tokens, ...), which `count_items` counts.
+    micro-batch is weighted by its share of the step's items (pairs, tokens, ...), which `count_items` counts. Not
+    so where the loss looks at a whole batch: `PreferenceTrainer`.
 
     A subclass says what the data are (`prepare_dataset`, `make_collator`, `token_columns`), how a batch counts
     (`count_items`), what runs in the head (`head_loss`), what is logged (`record`) and what the card says

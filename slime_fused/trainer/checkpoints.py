@@ -43,9 +43,9 @@ def find_checkpoint(wanted: Any, output_dir: Path, *, save_only_model: bool) -> 
         path = Path(str(wanted)).expanduser()
         fault = fault_of(path, save_only_model=save_only_model)
         if fault is not None:
-            raise RunRefusedError(f"resume_from_checkpoint: expected a whole checkpoint, got {path}: {fault}")
+            raise RunRefusedError(f"resume_from_checkpoint: expected a checkpoint, got {path}: {fault}")
         return str(path)
-    faults = []
+    faults: list[str] = []
     for path in reversed(checkpoints_in(output_dir)):
         fault = fault_of(path, save_only_model=save_only_model)
         if fault is None:
@@ -87,8 +87,8 @@ def fault_of(folder: Path, *, save_only_model: bool) -> str | None:
     if not save_only_model:
         if not any("optimizer" in name for name in names):
             return (
-                "a folder without optimizer.pt (with save_only_model=True a run goes on from the weights alone, with "
-                "a fresh optimizer)"
+                "a folder without optimizer.pt (with save_only_model=True a run goes on from the weights "
+                "alone, and its optimizer begins anew)"
             )
         if "scheduler.pt" not in names:
             return "a folder without scheduler.pt"
@@ -111,8 +111,8 @@ def _can_be_opened(path: Path) -> bool:
 
 
 def check_same_run(checkpoint: str, mine: Mapping[str, Any]) -> None:
-    """Refuse, with a RunRefusedError, the checkpoint of another stage, or with an adapter for a run without; warn of
-    another loss. ``mine``: ``stage``, ``adapter`` and ``loss``, which maps names to texts.
+    """Refuse, with a RunRefusedError, the checkpoint of another stage, or with an adapter for a run without; warn
+    of another loss. ``mine``: ``stage``, ``adapter`` and ``loss``, which maps names to texts.
 
     A checkpoint that does not say (one of another trainer) passes.
     """
@@ -123,8 +123,8 @@ def check_same_run(checkpoint: str, mine: Mapping[str, Any]) -> None:
     for name, word in (("stage", "stage {}"), ("adapter", "adapter={}")):
         if theirs[name] != mine[name]:
             raise RunRefusedError(
-                f"resume_from_checkpoint: {checkpoint} is of a run with {word.format(theirs[name])}, and this one has "
-                f"{word.format(mine[name])}; to begin anew from its weights, give it as the model"
+                f"resume_from_checkpoint: {checkpoint} is of a run with {word.format(theirs[name])}, and this one "
+                f"has {word.format(mine[name])}; to begin anew from its weights, give it as the model"
             )
     differing = [
         f"{name} {theirs['loss'].get(name)} there, {mine['loss'].get(name)} here"
