@@ -173,7 +173,8 @@ class HeadTrainer(ExactEvaluation, ABC):
 
         Raises RunRefusedError where there is none, or where no step would be made or change anything.
         """
-        check_trains(self.model, self.args, self.train_dataset)
+        rows = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+        check_trains(self.model, self.args, self.train_dataset, rows)
         resume_from_checkpoint = find_checkpoint(
             resume_from_checkpoint, Path(str(self.args.output_dir)), save_only_model=self.args.save_only_model
         )

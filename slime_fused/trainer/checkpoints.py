@@ -112,7 +112,8 @@ def _can_be_opened(path: Path) -> bool:
 
 def check_same_run(checkpoint: str, mine: Mapping[str, Any]) -> None:
     """Refuse, with a RunRefusedError, the checkpoint of another stage, or with an adapter for a run without; warn
-    of another loss. ``mine``: ``stage``, ``adapter`` and ``loss``, which maps names to texts.
+    of another loss. ``mine``: ``stage``, ``adapter`` and ``loss``, which maps names to texts, ``trained`` to
+    which loss it is.
 
     A checkpoint that does not say (one of another trainer) passes.
     """
@@ -126,9 +127,13 @@ def check_same_run(checkpoint: str, mine: Mapping[str, Any]) -> None:
                 f"resume_from_checkpoint: {checkpoint} is of a run with {word.format(theirs[name])}, and this one "
                 f"has {word.format(mine[name])}; to begin anew from its weights, give it as the model"
             )
+    if theirs["loss"]["trained"] != mine["loss"]["trained"]:
+        names = ["trained"]
+    else:
+        names = list({**theirs["loss"], **mine["loss"]})
     differing = [
         f"{name} {theirs['loss'].get(name)} there, {mine['loss'].get(name)} here"
-        for name in {**theirs["loss"], **mine["loss"]}
+        for name in names
         if theirs["loss"].get(name) != mine["loss"].get(name)
     ]
     if differing:

@@ -132,8 +132,10 @@ def with_lengths(dataset: Any, args: HeadConfig) -> Any:
     return dataset.add_column(name, lengths)
 
 
-def check_trains(model: Any, args: HeadConfig, dataset: Any) -> None:
-    """Refuse, with a RunRefusedError, a training in which no step would be made or change anything."""
+def check_trains(model: Any, args: HeadConfig, dataset: Any, batch_size: int) -> None:
+    """Refuse, with a RunRefusedError, a training in which no step would be made or change anything. ``batch_size``:
+    rows of one batch over all processes.
+    """
     if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise RunRefusedError(
             "model: expected parameters to train, got none with requires_grad=True; set it, or add an adapter "
@@ -145,11 +147,10 @@ def check_trains(model: Any, args: HeadConfig, dataset: Any) -> None:
         raise RunRefusedError(
             f"num_train_epochs: expected a number > 0 where max_steps is not given, got {args.num_train_epochs}"
         )
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and hasattr(dataset, "__len__") and len(dataset) < batch:
+    if args.dataloader_drop_last and hasattr(dataset, "__len__") and len(dataset) < batch_size:
         raise RunRefusedError(
-            f"dataloader_drop_last: expected at least the {batch} rows of one batch over all processes, of which "
-            f"fewer are dropped, got a train_dataset of {len(dataset)}"
+            f"dataloader_drop_last: expected at least the {batch_size} rows of one batch over all processes, of "
+            f"which fewer are dropped, got a train_dataset of {len(dataset)}"
         )
 
 
