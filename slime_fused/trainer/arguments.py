@@ -36,6 +36,9 @@ _FAMILIAR = {
 }
 """What other tools, or habit, call a setting."""
 
+_NOT_EMPTY = ("model", "dataset", "output_dir", "tokenizer", "eval_dataset")
+_STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
+
 
 @dataclass
 class ScriptArguments:
@@ -189,9 +192,12 @@ def _or_none(number: Any) -> Any:
 
 
 def _renamed(option: Option) -> Option:
-    """Releases of `transformers` before 5 have a setting of that name, which their trainer does not read."""
+    """``option`` by the name and values that the parser knows."""
     if option.name == "overwrite_output_dir":
+        # Releases of `transformers` before 5 have a setting of that name, which their trainer does not read.
         return dataclasses.replace(option, name="overwrite_checkpoints")
+    if option.name in _STRATEGIES and option.values == ("false",):
+        return dataclasses.replace(option, values=("no",))  # which YAML reads as false
     return option
 
 
@@ -225,6 +231,9 @@ def _unknown(option: Option, known: set[str], stage: str, loss: str) -> str:
 def _check_combinations(options: Sequence[Option], stage: str) -> None:
     """Refuse what was given and would have no effect."""
     given = {option.name: option for option in options}
+    for name in _NOT_EMPTY:
+        if name in given and given[name].values in ((), ("",)):
+            raise UsageError(f"{given[name]}: expected a name or a path, got an empty text")
     if not _is_on(given, "use_peft"):
         for name, option in given.items():
             if name.startswith("lora_"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def check_choices(config: Any) -> None:
             f"{config.adapter_learning_rate:g} for an adapter"
         )
     check_options(config.backend, config.workspace_limit())
+    if config.pad_to_multiple_of is not None and config.pad_to_multiple_of < 1:
+        raise ValueError(f"pad_to_multiple_of: expected at least 1, got {config.pad_to_multiple_of}")
+    given = config.fsdp_config
+    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
+        raise ValueError(f"fsdp_config: expected JSON or the path of a JSON file, got {given!r}: no such file")
     if "inputs" in config.include_for_metrics:
         raise ValueError(
             "include_for_metrics: expected no 'inputs', whose rows are responses while predictions are per pair or "

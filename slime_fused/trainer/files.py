@@ -37,7 +37,12 @@ def read_file(path: str | Path, columns: Columns) -> Dataset:
         raise FileNotFoundError(f"dataset: no such file: {path}")
     kind = kind_of(path)
     if kind == ".parquet":
-        return Dataset.from_parquet(str(path))
+        try:
+            return Dataset.from_parquet(str(path))
+        # pyarrow's errors and those of `datasets` around them have no base in common but this one.
+        except Exception as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise PreferenceFormatError(f"{path}: not readable as Parquet: {reason}") from error
     if kind not in KINDS:
         raise ValueError(f"dataset: expected a {', '.join(KINDS)} file or a folder, got {path}")
     readers = {".json": (_json_rows, "row"), ".jsonl": (_json_lines, "line"), ".csv": (_csv_rows, "line")}
@@ -117,7 +122,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: not valid JSON: {error}; one object per line goes into .jsonl"
         ) from None
     if not isinstance(rows, list):
-        raise PreferenceFormatError(f"{path}: expected a list of rows, got {type(rows).__name__}")
+        got = f"an object with the keys {list(rows)!r:.80}" if isinstance(rows, dict) else f"{rows!r:.80}"
+        raise PreferenceFormatError(f"{path}: expected a list of rows, got {got}")
     yield from enumerate(rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
     """The causal language model in a folder, under a hub name or in a ``.gguf`` file.
 
     A GGUF file is dequantised to float32 unless ``dtype`` says otherwise, and the result is an ordinary model that
-    can be trained and saved. Raises FileNotFoundError for a path that does not exist.
+    can be trained and saved. Raises FileNotFoundError for a path that does not exist, ValueError for what cannot be
+    loaded.
     """
     check_exists(name)
     path = Path(name)
-    if path.suffix != ".gguf":
-        return AutoModelForCausalLM.from_pretrained(str(name), **{"dtype": torch.float32, **options})
+    given = {key: value for key, value in options.items() if key != "dtype"}
     options = {"dtype": torch.float32, **options}
-    loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+    with _named("model", name, f" with model_init_kwargs {given}" if given else ""):
+        if path.suffix != ".gguf":
+            return AutoModelForCausalLM.from_pretrained(str(name), **options)
+        loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     # A model read from GGUF still counts as quantised and refuses to be saved; its weights no longer are.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -32,12 +37,30 @@ def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model `load_model` finds under ``name``."""
+    """The tokenizer that belongs to the model `load_model` finds under ``name``. Raises as that does."""
     check_exists(name, "tokenizer")
     path = Path(name)
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(str(name))
+    with _named("tokenizer", name):
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(name))
+
+
+@contextmanager
+def _named(argument: str, name: str | Path, options: str = "") -> Iterator[None]:
+    """Errors of the libraries below as a ValueError of one line that names the argument."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    # Those of safetensors, tokenizers and the hub have no base in common but this one.
+    except Exception as error:
+        where = "" if Path(name).exists() else " (no folder here, so the hub's)"
+        # What follows the first line are lists of what would have been possible.
+        reason = (str(error).splitlines() or [""])[0].strip()
+        raise ValueError(
+            f"{argument}: cannot load {str(name)!r}{where}{options}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def check_exists(name: str | Path, argument: str = "model") -> None:

@@ -73,6 +73,9 @@ def read_yaml(path: Path) -> list[Option]:
         raise UsageError(f"config: no such file: {path}")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1} of " if error.problem_mark else ""
+        raise UsageError(f"config: {line}{path} is not readable as YAML: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"config: {path} is not readable as YAML: {error}") from error
     except _RepeatedKeyError as error:

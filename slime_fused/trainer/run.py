@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from rich.table import Table
 
 from slime_fused.losses import Slime
 from slime_fused.model.check import HeadMismatchError
-from slime_fused.trainer.arguments import ScriptArguments, Settings, parse_arguments
+from slime_fused.trainer.adapter import make_adapter
+from slime_fused.trainer.arguments import Settings, parse_arguments
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.callbacks import MetricsFile
 from slime_fused.trainer.checkpoints import RunRefusedError, checkpoints_in
@@ -25,7 +28,7 @@ from slime_fused.trainer.merging import adapts_embeddings, merge_adapter
 from slime_fused.trainer.options import UsageError
 from slime_fused.trainer.plotting import plot_history
 from slime_fused.trainer.preference import PreferenceTrainer
-from slime_fused.trainer.preflight import check_settings
+from slime_fused.trainer.preflight import check_settings, check_workspace
 from slime_fused.trainer.reading import load_rows, take_slice
 from slime_fused.trainer.sft import SftTrainer
 from slime_fused.trainer.sft_formats import example_columns
@@ -42,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
         settings = parse_arguments(argv)
         check_settings(settings)
         trainer = build_trainer(settings)
-    except (UsageError, OSError, ValueError, TypeError, ImportError) as error:
+    except (UsageError, OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         return _complain(error)
     config, script = settings.config, settings.script
     if script.overwrite_checkpoints and trainer.is_world_process_zero():
@@ -68,12 +71,13 @@ def build_trainer(settings: Settings) -> HeadTrainer:
     dataset, eval_dataset = read_datasets(settings)
     tokenizer = load_tokenizer(script.tokenizer or script.model)
     model = load_model(script.model, dtype=script.dtype, **config.model_options())
+    check_workspace(config, model)
     given: dict[str, Any] = {
         "train_dataset": dataset,
         "eval_dataset": eval_dataset,
         "processing_class": tokenizer,
         "callbacks": [MetricsFile(Path(str(config.output_dir)) / METRICS_FILE)],
-        "peft_config": _adapter(script),
+        "peft_config": make_adapter(script, model),
     }
     if script.stage == "sft":
         return SftTrainer(model, config, **given)
@@ -107,22 +111,6 @@ def read_datasets(settings: Settings) -> tuple[Dataset, Dataset | None]:
     return dataset, eval_dataset
 
 
-def _adapter(script: ScriptArguments) -> Any:
-    if not script.use_peft:
-        return None
-    from peft import LoraConfig
-
-    targets = script.lora_target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=script.lora_r,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-        modules_to_save=script.lora_modules_to_save,
-    )
-
-
 def _save_merged(settings: Settings, trainer: HeadTrainer) -> None:
     """The model of before training is loaded again: the one that was trained may be sharded over processes."""
     script, config = settings.script, settings.config
@@ -148,7 +136,10 @@ def _plot(settings: Settings, trainer: HeadTrainer) -> Path | None:
 
 
 def _complain(error: Exception) -> int:
-    print(f"slime-train: error: {error}", file=sys.stderr)
+    """One line, however many the library has that raised it; all of it with SLIME_FUSED_TRACEBACK=1."""
+    if os.environ.get("SLIME_FUSED_TRACEBACK", "0") != "0":
+        traceback.print_exception(error)
+    print(f"slime-train: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     return 2
 
 
