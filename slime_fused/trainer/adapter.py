@@ -10,7 +10,7 @@ from slime_fused.trainer.options import UsageError
 
 
 def make_adapter(script: ScriptArguments, model: Any) -> Any:
-    """Its `peft.LoraConfig`; None without ``use_peft``. Raises UsageError for layers that ``model`` does not have."""
+    """Its `peft.LoraConfig`; None without ``use_peft``. Raises UsageError for layers that ``model`` lacks."""
     if not script.use_peft:
         return None
     from peft import LoraConfig
@@ -34,7 +34,7 @@ def make_adapter(script: ScriptArguments, model: Any) -> Any:
 
 
 def _check_layer(option: str, layer: str, names: list[str]) -> None:
-    """PEFT takes the layers whose path ends in ``layer``, and says nothing of one that is not there among others."""
+    """PEFT takes the layers whose path ends in ``layer``, and says nothing of one that is missing among others."""
     if any(name == layer or name.endswith(f".{layer}") for name in names):
         return
     short = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})

@@ -36,18 +36,21 @@ def load_model(name: str | Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model `load_model` finds under ``name``. Raises as that does."""
-    check_exists(name, "tokenizer")
+def load_tokenizer(name: str | Path, argument: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model `load_model` finds under ``name``. Raises as that does.
+
+    ``argument`` is what errors call it.
+    """
+    check_exists(name, argument)
     path = Path(name)
-    with _named("tokenizer", name):
+    with _named(argument, name, what="" if argument == "tokenizer" else "the tokenizer of "):
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         return AutoTokenizer.from_pretrained(str(name))
 
 
 @contextmanager
-def _named(argument: str, name: str | Path, options: str = "") -> Iterator[None]:
+def _named(argument: str, name: str | Path, options: str = "", what: str = "") -> Iterator[None]:
     """Errors of the libraries below as a ValueError of one line that names the argument."""
     try:
         yield
@@ -59,7 +62,7 @@ def _named(argument: str, name: str | Path, options: str = "") -> Iterator[None]
         # What follows the first line are lists of what would have been possible.
         reason = (str(error).splitlines() or [""])[0].strip()
         raise ValueError(
-            f"{argument}: cannot load {str(name)!r}{where}{options}: {type(error).__name__}: {reason}"
+            f"{argument}: cannot load {what}{str(name)!r}{where}{options}: {type(error).__name__}: {reason}"
         ) from error
 
 

@@ -69,7 +69,7 @@ def build_trainer(settings: Settings) -> HeadTrainer:
     """Read the data, then the model (the slower of the two), and put them together."""
     script, config = settings.script, settings.config
     dataset, eval_dataset = read_datasets(settings)
-    tokenizer = load_tokenizer(script.tokenizer or script.model)
+    tokenizer = load_tokenizer(script.tokenizer or script.model, "tokenizer" if script.tokenizer else "model")
     model = load_model(script.model, dtype=script.dtype, **config.model_options())
     check_workspace(config, model)
     given: dict[str, Any] = {

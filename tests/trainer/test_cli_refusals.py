@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub.constants
 import pytest
 
 from slime_fused.trainer.arguments import parse_arguments
@@ -83,8 +84,9 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nothere"], "tokenizer: cannot load 'nothere' (no folder here, so the hub's): OSError: "),
-        (["--model", "bare"], "tokenizer: cannot load 'bare': "),
+        (["--model", "nothere"], "model: cannot load the tokenizer of 'nothere' (no folder here, so the hub's)"),
+        (["--model", "bare"], "model: cannot load the tokenizer of 'bare': "),
+        (["--tokenizer", "nothere"], "tokenizer: cannot load 'nothere' (no folder here, so the hub's): OSError: "),
         (["--model", "t5"], "model: cannot load 't5': ValueError: Unrecognized configuration class"),
         (["--model", "torn"], "model: cannot load 'torn': SafetensorError: "),
         (["--model_init_kwargs", '{"foo": 1}'], "model: cannot load 'model' with model_init_kwargs {'foo': 1}: "),
@@ -99,7 +101,7 @@ def folder(tmp_path_factory, tokenizer):
 )  # fmt: skip
 def test_models_and_data_that_cannot_be_used(arguments, message, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     given = ["--model", "model", "--dataset", "pairs.jsonl", "--use_cpu", "--output_dir", str(tmp_path)]
     assert complaint([*given, *arguments], capsys).startswith(message)
 
