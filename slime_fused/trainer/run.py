@@ -55,6 +55,11 @@ def run(argv: Sequence[str]) -> int:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except (HeadMismatchError, RunRefusedError) as error:
         return _complain(error)
+    except KeyError as error:
+        # Which metrics there are is known with the first evaluation.
+        if "metric_for_best_model" not in str(error):
+            raise
+        return _complain(UsageError(f"metric_for_best_model: {error.args[0]}"))
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from slime_fused.trainer.data import IGNORE_INDEX, check_vocabulary, pad_batch, prepare_rows
-from slime_fused.trainer.formats import Messages, common_length, is_empty
+from slime_fused.trainer.formats import TOKENISED, Messages, common_length, is_empty, is_tokenised, token_ids
 from slime_fused.trainer.sft_config import SftConfig
 from slime_fused.trainer.sft_formats import Example, parse_example
 from slime_fused.trainer.tokenization import Truncation, apply_template, prompt_ids, respond
@@ -37,13 +37,19 @@ class ExampleTokenizer:
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Tokenise ``row``. Raises PreferenceFormatError that names the row if it is no example."""
         where = f"row {index} of the {self.name} dataset"
-        example = parse_example(row, where)
-        ids, labels, is_prefix = tokenize_example(example, self.tokenizer)
+        if is_tokenised(row):
+            prompt, completion = (token_ids(row[name], name, where) for name in TOKENISED[:2])
+            ids, labels = prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
+            is_said, is_prefix = bool(completion), True
+        else:
+            example = parse_example(row, where)
+            ids, labels, is_prefix = tokenize_example(example, self.tokenizer)
+            is_said = not is_empty(example.completion)
         check_vocabulary(ids, self.num_embeddings, self.tokenizer, where)
         if not self.completion_only_loss:
             labels = ids
         verdict, is_cut = "" if is_prefix else "shifted", False
-        if is_empty(example.completion) or not num_targets(labels):
+        if not is_said or not num_targets(labels):
             verdict = "empty"
         else:
             fitted = truncate_example(ids, labels, self.max_length, self.truncation)

@@ -7,7 +7,8 @@ Accepted rows::
     {"prompt": str,      "completion": messages}               the prompt becomes a user message
     {"messages": messages}                                     the assistant's turns are the completion
     {"text": str}                                              all of it is the completion
-    a preference pair, as `slime_fused.trainer.formats` has it   the chosen response is the completion
+    a preference pair, as `slime_fused.trainer.formats` has it   the chosen response is the completion, of token
+                                                               ids too
 
 Other columns are ignored, except ``tools`` and ``chat_template_kwargs``, which go to the chat template.
 """
@@ -23,6 +24,8 @@ from slime_fused.trainer.formats import (
     PreferenceFormatError,
     checked_content,
     describe_columns,
+    is_tokenised,
+    pair_columns,
     parse_pair,
     template_columns,
     template_kwargs,
@@ -74,7 +77,9 @@ def parse_example(row: Mapping[str, Any], where: str) -> Example:
 
 
 def example_columns(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``row`` in its common form, as columns of a dataset. Raises as `parse_example`."""
+    """``row`` in its common form, as columns of a dataset; a tokenised pair as it is. Raises as `parse_example`."""
+    if is_tokenised(row):
+        return pair_columns(row, where)
     example = parse_example(row, where)
     extra = template_columns(row)
     if example.prompt is not None:

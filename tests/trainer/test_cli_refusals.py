@@ -18,10 +18,11 @@ HEAD_DROPOUT = ["--use_peft", "--lora_target_modules", "lm_head", "--disable_dro
 def complaint(arguments, capsys) -> str:
     """The one line that ``arguments`` are answered with."""
     assert main(arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    lines = lines[[line.startswith("slime-train: error: ") for line in lines].index(True) :]
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    lines = error.split("slime-train: error: ")[1].splitlines()
     assert len(lines) == 1, lines
-    return lines[0].removeprefix("slime-train: error: ")
+    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,8 @@ def folder(tmp_path_factory, tokenizer):
          "lora_modules_to_save: expected layers of the model, got 'lm_haed'; did you mean lm_head"),
         (["--use_peft", "--lora_target_modules", "q_proj", "v_prj"],
          "lora_target_modules: expected layers of the model, got 'v_prj'; did you mean v_proj"),
+        (["--metric_for_best_model", "nothere", "--save_strategy", "best", "--eval_share", "0.5", "--max_steps",
+          "1", "--eval_steps", "1"], "metric_for_best_model: The `metric_for_best_model` training argument is set to"),
         (["--workspace", "1KiB", "--max_steps", "1"], "workspace: expected at least "),
     ],
 )  # fmt: skip

@@ -165,6 +165,21 @@ def test_rows_without_a_completion_are_dropped(tokenizer, tmp_path):
     assert whole["labels"][:] == whole["input_ids"][:]
 
 
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_the_chosen_ids_of_a_tokenised_pair_are_the_completion(tokenizer, tmp_path, completion_only):
+    rows = [
+        {"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [7]},
+        {"prompt_ids": [3, 4], "chosen_ids": [], "rejected_ids": [7]},
+    ]
+    rows = Dataset.from_list([example_columns(row, "row") for row in rows])
+    args = config(tmp_path, completion_only_loss=completion_only)
+    labels = [IGNORE_INDEX, IGNORE_INDEX, 5, 6] if completion_only else [3, 4, 5, 6]
+    assert list(prepare_examples(rows, tokenizer, args, "train")) == [{"input_ids": [3, 4, 5, 6], "labels": labels}]
+    row = {"prompt_ids": [3], "chosen_ids": "5 6", "rejected_ids": [7]}
+    with pytest.raises(PreferenceFormatError, match="'chosen_ids' must be a list of token ids"):
+        example_columns(row, "row")
+
+
 def test_prepared_rows_without_a_label_are_dropped(tokenizer, tmp_path):
     """Entropy was NaN on a batch of them, with smoothing; without, training stopped there."""
     prepared = prepare_examples(make_rows(2), tokenizer, config(tmp_path), "train")
