@@ -59,8 +59,10 @@ def _named(argument: str, name: str | Path, options: str = "", what: str = "") -
     # Those of safetensors, tokenizers and the hub have no base in common but this one.
     except Exception as error:
         where = "" if Path(name).exists() else " (no folder here, so the hub's)"
-        # What follows the first line are lists of what would have been possible.
-        reason = (str(error).splitlines() or [""])[0].strip()
+        text = str(error).strip()
+        # What follows the first line are lists of what would have been possible, some of them very long.
+        first = text.partition("\n")[0].strip()
+        reason = " ".join(text.split()) if first.endswith(":") else first
         raise ValueError(
             f"{argument}: cannot load {what}{str(name)!r}{where}{options}: {type(error).__name__}: {reason}"
         ) from error

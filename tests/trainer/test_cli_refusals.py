@@ -98,7 +98,7 @@ def folder(tmp_path_factory, tokenizer):
         (["--use_peft", "--lora_target_modules", "q_proj", "v_prj"],
          "lora_target_modules: expected layers of the model, got 'v_prj'; did you mean v_proj"),
         (["--metric_for_best_model", "nothere", "--save_strategy", "best", "--eval_share", "0.5", "--max_steps",
-          "1", "--eval_steps", "1"], "metric_for_best_model: The `metric_for_best_model` training argument is set to"),
+          "1", "--eval_steps", "1"], "metric_for_best_model: The `metric_for_best_model` training argument is"),
         (["--workspace", "1KiB", "--max_steps", "1"], "workspace: expected at least "),
     ],
 )  # fmt: skip
