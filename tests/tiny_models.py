@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -83,3 +87,11 @@ def slime_by_hand(model, batch, loss_config, transform=lambda z: z) -> torch.Ten
     else:
         stabilizer = torch.cat(penalties).mean()
     return total / pairs + c.lambda_l * stabilizer
+
+
+def require_transformers_adapters() -> None:
+    """Skip where `transformers` refuses the PEFT at hand, which it asks for its own `add_adapter` alone."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(
+            f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer, got {peft.__version__}"
+        )

@@ -25,7 +25,7 @@ from peft import (
 from slime_fused.model.head import attach_head
 from slime_fused.trainer import SlimeTrainer
 from tests.model.head_cases import VOCABULARY, assert_as_own_logits, fused_loss, loss_of_logits, text_batch
-from tests.tiny_models import make_pairs, tiny_llama
+from tests.tiny_models import make_pairs, require_transformers_adapters, tiny_llama
 
 ON_HEAD = {
     "LoRA": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
@@ -67,6 +67,7 @@ def test_an_adapter_put_on_after_the_head_was_attached(kind, way, batch):
     if way == "get_peft_model":
         model = get_peft_model(model, ON_HEAD[kind])
     elif way == "add_adapter of the model":
+        require_transformers_adapters()
         model.add_adapter(ON_HEAD[kind], "later")
     else:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))

@@ -14,7 +14,7 @@ from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
 from slime_fused.trainer.data import PreferenceCollator, prepare_dataset
 from slime_fused.trainer.reference import LateReference
-from tests.tiny_models import make_pairs, tiny_llama
+from tests.tiny_models import make_pairs, require_transformers_adapters, tiny_llama
 from tests.trainer.test_trainer import GradientRecorder, losses
 
 
@@ -233,6 +233,7 @@ def test_the_reference_in_mixed_precision_is_the_policy_s(tokenizer, settings, o
 
 def test_an_adapter_that_transformers_has_added(tokenizer, settings):
     model = tiny_llama(len(tokenizer))
+    require_transformers_adapters()
     model.add_adapter(LORA)
     trainer, _ = build(tokenizer, settings(learning_rate=0.05), DPO(), model=model)
     trainer.train()
