@@ -22,22 +22,9 @@ def model(tokenizer):
 @pytest.fixture
 def make_args(tmp_path):
     from slime_fused.trainer import SlimeConfig
+    from tests.tiny_models import quick_settings
 
     def make(**overrides: object) -> SlimeConfig:
-        return SlimeConfig(
-            **{
-                "output_dir": str(tmp_path / "out"),
-                "per_device_train_batch_size": 4,
-                "max_steps": 2,
-                "learning_rate": 1e-3,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "seed": 3,
-                **overrides,
-            }
-        )
+        return SlimeConfig(**quick_settings(tmp_path / "out", **{"seed": 3, **overrides}))
 
     return make

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -16,6 +13,15 @@ CHAT_TEMPLATE = (
 )
 TEXT = "the cat dog sat ran on under a red blue mat tree and then slept well but nobody saw it again"
 WORDS = TEXT.split()
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+"""Of the config of a tiny model, by the names that most architectures have."""
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -52,19 +58,41 @@ def tiny_llama(vocab_size: int, seed: int = 0, **overrides: object) -> LlamaForC
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
+            **SIZES,
             "vocab_size": vocab_size,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.3,
             "tie_word_embeddings": False,
             "attn_implementation": "eager",
             **overrides,
         }
     )
     return LlamaForCausalLM(config)
+
+
+def quick_settings(folder: object, **overrides: object) -> dict[str, object]:
+    """Of a trainer's arguments: two steps on the CPU, each of them reported, and nothing saved."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **overrides,
+    }
+
+
+class GradientRecorder(TrainerCallback):
+    """Copies the gradients of each optimizer step before they are clipped away or zeroed."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        module = getattr(model, "module", model)
+        self.steps.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
 
 
 def slime_by_hand(model, batch, loss_config, transform=lambda z: z) -> torch.Tensor:
@@ -91,6 +119,11 @@ def slime_by_hand(model, batch, loss_config, transform=lambda z: z) -> torch.Ten
 
 def require_transformers_adapters() -> None:
     """Skip where `transformers` refuses the PEFT at hand, which it asks for its own `add_adapter` alone."""
+    # Not every environment of the tests has PEFT.
+    import peft
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         pytest.skip(
             f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} or newer, got {peft.__version__}"

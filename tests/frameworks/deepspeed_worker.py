@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
-from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
+from tests.tiny_models import make_pairs, make_tokenizer
+from tests.trainer.fsdp_worker import make_model
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -34,19 +34,6 @@ CONFIG: dict[str, Any] = {
         "stage3_prefetch_bucket_size": 0,
     },
 }
-
-
-def make_model(kind: str, vocab_size: int) -> nn.Module:
-    model = tiny_llama(vocab_size, tie_word_embeddings=kind.startswith("tied"))
-    if "LoRA" not in kind:
-        return model
-    torch.manual_seed(1)
-    options = {
-        "LoRA": {"target_modules": ["q_proj"]},
-        "LoRA head": {"target_modules": ["q_proj", "lm_head"]},
-        "LoRA, saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    }[kind]
-    return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **options))
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

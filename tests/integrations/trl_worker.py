@@ -10,22 +10,12 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from transformers import TrainerCallback
 
 import slime_fused as sf
 from slime_fused.integrations.trl import enable_loss
 from tests.integrations.trl_cases import make_trainer, reports
-from tests.tiny_models import make_tokenizer
+from tests.tiny_models import GradientRecorder, make_tokenizer
 from tests.trainer import fsdp_worker
-
-
-class Recorder(TrainerCallback):
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        module = getattr(model, "module", model)
-        self.gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
 
 
 def same_size(prediction) -> dict[str, bool]:
@@ -39,7 +29,7 @@ def train_twice(folder: Path, batch_size: int, accumulation: int, sharding: dict
     ``sharding`` is the FSDP configuration, of gradients that nobody records.
     """
     sharded = {"fsdp": "full_shard", "fsdp_config": dict(sharding)} if sharding else {}
-    recorder, rows, evaluations = Recorder(), [], {}
+    recorder, rows, evaluations = GradientRecorder(), [], {}
     losses = (sf.SlimeLossConfig(stabilizer_reduction="token"), sf.losses.DPO(beta=0.5))
     for loss in losses:
         is_dpo = isinstance(loss, sf.losses.DPO)
@@ -60,7 +50,7 @@ def train_twice(folder: Path, batch_size: int, accumulation: int, sharding: dict
         rows += reports(trainer)
         evaluations |= {f"{loss.name} {name}": value for name, value in trainer.evaluate().items()}
     if trainer.is_world_process_zero():
-        torch.save(recorder.gradients, folder / "gradients.pt")
+        torch.save(recorder.steps, folder / "gradients.pt")
         (folder / "reports.json").write_text(json.dumps([rows, evaluations]))
     trainer.accelerator.wait_for_everyone()
 

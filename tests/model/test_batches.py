@@ -10,17 +10,12 @@ from slime_fused.model.check import HeadMismatchError, check_head
 from slime_fused.model.head import attach_head
 from slime_fused.model.transform import LogitTransform, find_logit_transform
 from tests.model.head_cases import VOCABULARY, assert_as_own_logits, text_batch
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import SIZES, tiny_llama
 
 IMAGE = 60
 TEXT = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
+    **SIZES,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 1,

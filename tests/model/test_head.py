@@ -8,17 +8,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from slime_fused.trainer import HeadMismatchError, SlimeTrainer
-from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
+from tests.tiny_models import SIZES, make_pairs, slime_by_hand, tiny_llama
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "attn_implementation": "eager",
-}
+SMALL = {**SIZES, "attn_implementation": "eager"}
 
 
 def build(architecture: str, vocab_size: int, **overrides: object) -> transformers.PreTrainedModel:

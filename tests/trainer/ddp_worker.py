@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
 
 from slime_fused.losses import DPO, Slime
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
-from tests.tiny_models import make_pairs, make_tokenizer, tiny_llama
+from tests.tiny_models import GradientRecorder, make_pairs, make_tokenizer, tiny_llama
 
 LOSSES = {
     "sequence": Slime(),
@@ -23,18 +22,9 @@ LOSSES = {
 }
 
 
-class Recorder(TrainerCallback):
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        module = getattr(model, "module", model)
-        self.gradients.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
-
-
 def train(loss: str, folder: Path, batch_size: int, accumulation: int) -> dict[str, Any]:
     tokenizer = make_tokenizer()
-    recorder = Recorder()
+    recorder = GradientRecorder()
     trainer = PreferenceTrainer(
         tiny_llama(len(tokenizer)),
         PreferenceConfig(
@@ -60,7 +50,7 @@ def train(loss: str, folder: Path, batch_size: int, accumulation: int) -> dict[s
         callbacks=[recorder],
     )
     trainer.train()
-    result: dict[str, Any] = {"gradients": recorder.gradients}
+    result: dict[str, Any] = {"gradients": recorder.steps}
     result["reports"] = [row for row in trainer.state.log_history if "loss" in row]
     result["eval"] = trainer.evaluate()
     told = trainer.predict(trainer.eval_dataset["ten"])

@@ -14,8 +14,14 @@ from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.trainer import PreferenceConfig, PreferenceTrainer
 from slime_fused.trainer.data import PreferenceCollator, prepare_dataset
 from slime_fused.trainer.reference import LateReference
-from tests.tiny_models import make_pairs, require_transformers_adapters, tiny_llama
-from tests.trainer.test_trainer import GradientRecorder, losses
+from tests.tiny_models import (
+    GradientRecorder,
+    make_pairs,
+    quick_settings,
+    require_transformers_adapters,
+    tiny_llama,
+)
+from tests.trainer.test_trainer import losses
 
 
 def squared(pairs) -> UnitTerms:
@@ -40,21 +46,7 @@ LOSSES = [
 @pytest.fixture
 def settings(tmp_path):
     def make(**overrides) -> PreferenceConfig:
-        return PreferenceConfig(
-            **{
-                "output_dir": str(tmp_path / "out"),
-                "per_device_train_batch_size": 4,
-                "max_steps": 2,
-                "learning_rate": 1e-3,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "max_grad_norm": 0.0,
-                **overrides,
-            }
-        )
+        return PreferenceConfig(**quick_settings(tmp_path / "out", **{"max_grad_norm": 0.0, **overrides}))
 
     return make
 

@@ -11,7 +11,7 @@ from slime_fused import reference
 from slime_fused.trainer import PreferenceFormatError, SftConfig, SftTrainer
 from slime_fused.trainer.sft_data import IGNORE_INDEX, prepare_examples, tokenize_example, truncate_example
 from slime_fused.trainer.sft_formats import example_columns, parse_example
-from tests.tiny_models import make_pairs, tiny_llama
+from tests.tiny_models import make_pairs, quick_settings, tiny_llama
 
 
 def user(text: str) -> dict[str, str]:
@@ -27,20 +27,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def config(folder, **overrides) -> SftConfig:
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **overrides,
-    }
-    return SftConfig(**settings)
+    return SftConfig(**quick_settings(folder, **{"max_steps": 1, "max_grad_norm": 0.0, **overrides}))
 
 
 class Gradients(TrainerCallback):

@@ -10,21 +10,11 @@ import pytest
 import torch
 from datasets import IterableDataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, TrainerState
 
 from slime_fused.trainer import SlimeConfig, SlimeTrainer
 from slime_fused.trainer.callbacks import MetricsFile
-from tests.tiny_models import make_pairs, slime_by_hand, tiny_llama
-
-
-class GradientRecorder(TrainerCallback):
-    """Copies the gradients of each optimizer step before they are clipped away or zeroed."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+from tests.tiny_models import GradientRecorder, make_pairs, slime_by_hand, tiny_llama
 
 
 def run(tokenizer, args, *, rows=None, eval_rows=None, model=None, resume=None):
