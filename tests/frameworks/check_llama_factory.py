@@ -171,7 +171,7 @@ def test_evaluation(settings):
         ),
         ({"use_ray": True}, "use_ray: expected false"),
         ({"pref_ftx": 0.5}, "pref_ftx: expected 0.0, got 0.5: Slime would ignore it"),
-        ({"slime_loss": "grpo"}, "slime_loss: expected one of slime, dpo, simpo, cpo, orpo, alphapo, got 'grpo'"),
+        ({"slime_loss": "grpo"}, "slime_loss: expected one of slime, dpo, simpo, orpo, cpo, alphapo, got 'grpo'"),
         ({"slime_lamda_w": 1.0}, "slime_lamda_w: expected a setting of 'slime'.*did you mean slime_lambda_w"),
         ({"slime_lambda_w": -1.0}, "slime_lambda_w: expected"),
     ],
