@@ -18,8 +18,8 @@ from torch import Tensor
 
 from slime_fused.losses import Formula, Slime
 from slime_fused.model.calls import FusedLoss, run_in_head
-from slime_fused.model.head import attach_head, unwrap_peft
-from slime_fused.model.transform import find_logit_transform
+from slime_fused.model.head import attach_head
+from slime_fused.model.transform import transform_of
 
 
 class PreferenceModule(lightning.LightningModule):
@@ -31,7 +31,7 @@ class PreferenceModule(lightning.LightningModule):
         self.model = model
         self.loss = Slime() if loss is None else loss
         self.learning_rate = learning_rate
-        self.transform = find_logit_transform(unwrap_peft(model).config)
+        self.transform = transform_of(model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""

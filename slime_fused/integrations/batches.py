@@ -20,10 +20,10 @@ from slime_fused.model.calls import FusedLogps, FusedLoss, run_in_head
 from slime_fused.model.check import check_head
 from slime_fused.model.head import attach_head
 from slime_fused.model.options import check_options
-from slime_fused.model.reference import evaluating
+from slime_fused.model.reference import as_reference
 from slime_fused.model.terms import find_token_mean, logged_term
-from slime_fused.model.transform import LogitTransform, find_logit_transform
-from slime_fused.model.wrappers import unwrap_module, unwrap_peft
+from slime_fused.model.transform import transform_of
+from slime_fused.model.wrappers import unwrap_module
 
 _GIVEN = ("ref_logps", "ref_token_logps")
 """What a loss may need: the trainer's batch and its reference model give no more."""
@@ -108,15 +108,30 @@ class BatchLoss:
         ``inputs`` are the arguments of the model's forward, ``ref_logps`` what `reference` gave.
         """
         given: dict[str, Tensor] = {} if ref_logps is None else {"ref_token_logps": ref_logps}
-        where = (_transform(model), self.backend, self.workspace)
+        where = (transform_of(model), self.backend, self.workspace)
         call = FusedLoss(labels.flat, labels.layout(), self.loss, *where, given, stats=("mean_logit",))
         return run_in_head(model, inputs, call)
 
-    def reference(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> Tensor:
-        """Log-prob of each label, in the shape of `Labels.flat`, without a gradient and without dropout."""
-        call = FusedLogps(labels.flat, labels.layout(), _transform(model), self.backend, self.workspace)
-        with torch.no_grad(), evaluating(model):
-            return run_in_head(model, inputs, call)["logps"]
+    def reference(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        inputs: Mapping[str, Any],
+        labels: Labels,
+        adapter: str | None = None,
+    ) -> Tensor | None:
+        """A reference's log-prob of each label, in the shape of `Labels.flat`; None where the loss needs none.
+
+        That of ``ref_model``, or else of ``model`` without its adapter, or with that of the name ``adapter`` in its
+        place. Without a gradient and without dropout.
+        """
+        if not self.needs_reference:
+            return None
+        reference = model if ref_model is None else ref_model
+        adapted = unwrap_module(model) if ref_model is None else None
+        call = FusedLogps(labels.flat, labels.layout(), transform_of(reference), self.backend, self.workspace)
+        with as_reference(reference, adapted, adapter):
+            return run_in_head(reference, inputs, call)["logps"]
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Labels) -> None:
         """See `check_head`; of packed sequences the first with a label to predict.
@@ -133,7 +148,7 @@ class BatchLoss:
             start, end = labels.cu_seqlens[row : row + 2].tolist()
             ids, values = ids[:, start:end], values[:, start:end]
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": values}
-        check_head(model, batch, _transform(model), self.backend, self.workspace)
+        check_head(model, batch, transform_of(model), self.backend, self.workspace)
 
     def check_reference(self, model: Any, ref_model: Any) -> None:
         """Refuse a loss with a reference where there is no ``ref_model`` and no adapter of PEFT to switch off.
@@ -216,8 +231,3 @@ def pair_metrics(outputs: Mapping[str, Tensor], labels: Labels, loss: Formula) -
 def total_loss(outputs: Mapping[str, Tensor]) -> Tensor:
     """The loss, and that of a mixture's router beside it."""
     return outputs["loss"] + outputs["aux_loss"] if "aux_loss" in outputs else outputs["loss"]
-
-
-def _transform(model: Any) -> LogitTransform:
-    # A DeepSpeed engine has a config, too: its own.
-    return find_logit_transform(unwrap_peft(unwrap_module(model)).config)

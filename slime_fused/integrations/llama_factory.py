@@ -99,7 +99,7 @@ def enable_loss(
             if not self._head_is_checked:
                 self._head_is_checked = True
                 batch_loss.check(model, inputs, labels)
-            reference = _reference_logps(self, batch_loss, model, inputs, labels)
+            reference = batch_loss.reference(model, self.ref_model, inputs, labels)
             outputs = batch_loss.policy(model, inputs, labels, reference)
             prefix = "eval_" if train_eval == "eval" else ""
             metrics = {
@@ -166,17 +166,6 @@ def _check_arguments(finetuning_args: Any, batch_loss: BatchLoss) -> None:
         )
     reason = f"{batch_loss.loss.name} would ignore it; leave it out and give the loss its own hyperparameters"
     refuse_settings(finetuning_args, _IGNORED, reason)
-
-
-def _reference_logps(
-    trainer: Any, batch_loss: BatchLoss, model: Any, inputs: Mapping[str, Any], labels: Labels
-) -> Tensor | None:
-    if not batch_loss.needs_reference:
-        return None
-    if trainer.ref_model is not None:
-        return batch_loss.reference(trainer.ref_model, inputs, labels)
-    with trainer.accelerator.unwrap_model(model).disable_adapter():
-        return batch_loss.reference(model, inputs, labels)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def enable_loss(
             if not self._head_is_checked:
                 self._head_is_checked = True
                 batch_loss.check(model, inputs, labels)
-            reference = _reference_logps(self, batch_loss, inputs, labels)
+            reference = batch_loss.reference(self.model, self.ref_model, inputs, labels, self.ref_adapter_name)
             outputs = batch_loss.policy(model, inputs, labels, reference)
             loss = total_loss(outputs)
             if pair_loss_scale is not None:
@@ -154,14 +154,3 @@ def _split(trainer: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Labe
         return inputs, Labels(values)
     positions = inputs.get("position_ids") if positions is None else positions
     return inputs, Labels(values, trainer.get_cu_seqlens(positions, None))
-
-
-def _reference_logps(
-    trainer: Any, batch_loss: BatchLoss, inputs: Mapping[str, Any], labels: Labels
-) -> Tensor | None:
-    if not batch_loss.needs_reference:
-        return None
-    if trainer.ref_model is not None:
-        return batch_loss.reference(trainer.ref_model, inputs, labels)
-    with trainer.null_ref_context():
-        return batch_loss.reference(trainer.model, inputs, labels)

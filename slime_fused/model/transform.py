@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from slime_fused.model.wrappers import unwrap_module, unwrap_peft
+
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Config entries that multiply the logits: Cohere, Falcon-H1, Muse."""
 
@@ -25,6 +27,11 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
+
+
+def transform_of(model: Any) -> LogitTransform:
+    """That of a model, whatever wraps it; a DeepSpeed engine has a config, too, but of its own."""
+    return find_logit_transform(unwrap_peft(unwrap_module(model)).config)
 
 
 def find_logit_transform(config: Any) -> LogitTransform:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from slime_fused.model.averages import Averages
 from slime_fused.model.calls import run_in_head
 from slime_fused.model.check import check_head
-from slime_fused.model.head import HeadCall, attach_head, unwrap_peft
-from slime_fused.model.transform import find_logit_transform
+from slime_fused.model.head import HeadCall, unwrap_peft
+from slime_fused.model.transform import transform_of
 from slime_fused.trainer.card import CardText, model_card
 from slime_fused.trainer.checkpoints import RUN_KEY, check_same_run, find_checkpoint
 from slime_fused.trainer.config import HeadConfig
@@ -101,7 +101,7 @@ class HeadTrainer(ExactEvaluation, ABC):
         tokenizer = with_pad_token(find_tokenizer(model, loaded) if processing_class is None else processing_class)
         loaded = ready_model(loaded, peft_config, args)
         args = with_learning_rate(args, loaded)
-        self.transform = find_logit_transform(unwrap_peft(loaded).config)
+        self.transform = transform_of(loaded)
         self.num_embeddings = embedding_size(loaded)
         check_vocabulary([tokenizer.pad_token_id], self.num_embeddings, tokenizer, "processing_class, its padding")
         self._train_averages, self._eval_averages = Averages(), Averages()
@@ -182,8 +182,6 @@ class HeadTrainer(ExactEvaluation, ABC):
             check_same_run(resume_from_checkpoint, self._run_kind())
         self.before_training(resume_from_checkpoint)
         self._num_tokens = None  # a checkpoint may know
-        if self.args.loss_impl == "fused" and self.model is self.model_wrapped:
-            attach_head(self.model)  # again, where something has replaced the model's forward since
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def before_training(self, checkpoint: str | None) -> None:

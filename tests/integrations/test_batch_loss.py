@@ -75,7 +75,7 @@ def test_the_reference_is_without_dropout_and_leaves_every_mode_as_it_was():
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
-    logps = BatchLoss.of(DPO()).reference(model, inputs, Labels(labels))
+    logps = BatchLoss.of(DPO()).reference(model, model, inputs, Labels(labels))
     assert [module.training for module in model.modules()] == modes
     model.eval()
     want = label_logps(model(**inputs).logits, labels)

@@ -79,7 +79,7 @@ def test_packed_batches_say_the_same_as_padded_ones(loss):
     assert labels.counts().tolist() == packed.counts().tolist() == [3, 1, 2, 4]
     results = []
     for given, own in ((inputs, labels), (packed_inputs, packed)):
-        reference = of.reference(model, given, own) - 0.1 if of.needs_reference else None
+        reference = of.reference(model, model, given, own) - 0.1 if of.needs_reference else None
         model.zero_grad()
         outputs = of.policy(model, given, own, reference)
         outputs["loss"].backward()

@@ -9,8 +9,7 @@ import torch
 from slime_fused import reference
 from slime_fused.losses import Formula, Slime
 from slime_fused.model.calls import FusedLoss, run_in_head
-from slime_fused.model.transform import find_logit_transform
-from slime_fused.model.wrappers import unwrap_module, unwrap_peft
+from slime_fused.model.transform import transform_of
 
 VOCABULARY = 64
 LOSS: Formula = Slime()
@@ -34,7 +33,7 @@ def gradients_of(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.
 
 def fused_loss(model: torch.nn.Module, batch: dict[str, Any], run: Any = run_in_head) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    transform = find_logit_transform(unwrap_peft(unwrap_module(model)).config)
+    transform = transform_of(model)
     call = FusedLoss(batch["labels"], None, LOSS, transform, "auto", "auto")
     return run(model, inputs, call)["loss"]
 

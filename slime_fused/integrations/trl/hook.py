@@ -24,7 +24,7 @@ from slime_fused.model.head import unwrap_peft
 from slime_fused.model.items import PairCounts, first_items, own_items
 from slime_fused.model.reference import REFERENCE_COLUMNS
 from slime_fused.model.terms import reweighted
-from slime_fused.model.transform import find_logit_transform
+from slime_fused.model.transform import transform_of
 
 _METHODS = (HOOK, "get_batch_samples", "log", "_prepare_inputs")
 """What is replaced on the trainer, as attributes of the instance."""
@@ -54,7 +54,7 @@ class LossHook:
         self._loss = loss
         self._backend = backend
         self._workspace = workspace
-        self._transform = find_logit_transform(self._base().config)
+        self._transform = transform_of(trainer.model)
         self._head_is_checked = not check_head
         self._means = {"train": Averages(), "eval": Averages()}
         self._window: Tensor | None = None
@@ -202,18 +202,10 @@ class LossHook:
     def _check_head(self, model: nn.Module, model_inputs: Mapping[str, Tensor], labels: Tensor) -> None:
         if self._head_is_checked:
             return
-        has_response = (labels[:, 1:] != -100).any(1)
-        if has_response.any():
-            row = int(has_response.int().argmax())
-            batch = {key: value[row : row + 1] for key, value in model_inputs.items()}
+        if (labels[:, 1:] != -100).any():
+            batch = {**model_inputs, "labels": labels}
             try:
-                check_head(
-                    model,
-                    batch | {"labels": labels[row : row + 1]},
-                    self._transform,
-                    self._backend,
-                    self._workspace,
-                )
+                check_head(model, batch, self._transform, self._backend, self._workspace)
             except HeadMismatchError as error:
                 raise HeadMismatchError(f"{error}; under TRL: train this model with TRL's own losses") from None
         self._head_is_checked = True

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from slime_fused.integrations.trl.placeholder import NoReference
 from slime_fused.losses import Formula
-from slime_fused.model.calls import FusedLogps
-from slime_fused.model.head import attach_head, unwrap_peft
+from slime_fused.model.calls import FusedLogps, run_in_head
+from slime_fused.model.head import attach_head
 from slime_fused.model.reference import REFERENCE_COLUMNS, as_reference, reference_table, with_columns
-from slime_fused.model.transform import find_logit_transform
+from slime_fused.model.transform import transform_of
 
 _ADAPTER = "ref"
 """TRL's name for the copy that it makes of a pre-trained adapter."""
@@ -129,15 +129,13 @@ class ReferenceLogProbs:
                 "dataset, since no reference model is kept; pass this dataset when the trainer is constructed"
             )
         model = trainer.model if self._separate is None else self._separate
-        config = unwrap_peft(trainer.accelerator.unwrap_model(model)).config
-        where = (find_logit_transform(config), self._backend, self._workspace)
+        where = (transform_of(model), self._backend, self._workspace)
         call = FusedLogps(labels, None, *where, reduction="none" if per_token else "sum")
         adapted = self._model if self._separate is None else None
         copy = _ADAPTER if _ADAPTER in getattr(adapted, "peft_config", ()) else None
         # Preparing a model for mixed precision puts autocast around the forward that `head_call` goes around.
         with as_reference(model, adapted, copy), trainer.accelerator.autocast():
-            logps: Tensor = model(**model_inputs, head_call=call)["logps"]
-        return logps
+            return run_in_head(model, model_inputs, call)["logps"]
 
     def drop(self) -> None:
         """Free the reference model, and TRL's copy of the adapter, and let evaluation ask for neither."""
