@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +18,42 @@ from slime_fused.model.transform import LogitTransform
 from slime_fused.output import PreferenceOutput
 
 
+class OverLabels:
+    """What `HeadCall`s over the labels of a batch share: a function of this package on the head's arguments."""
+
+    labels: Tensor
+    layout: slime_fused.TokenLayout | None
+    transform: LogitTransform
+    backend: str
+    workspace: int | str
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        """``function``, such as `slime_fused.linear_logprobs`, with its ``options``; the rest as in `HeadCall`."""
+        weight, bias, tp_group = split_head(weight, bias)
+        return function(
+            at_labels(hidden, self.labels),
+            weight,
+            self.labels if self.layout is None else self.layout.to(hidden.device),
+            bias=bias,
+            shift=self.layout is None,
+            logit_scale=self.transform.scale,
+            logit_softcap=self.transform.softcap,
+            backend=self.backend,
+            workspace=self.workspace,
+            tp_group=tp_group,
+            **options,
+        )
+
+
 @dataclass(frozen=True)
-class FusedLoss:
+class FusedLoss(OverLabels):
     """A `HeadCall` that computes a loss of preferences without materialising the logits."""
 
     labels: Tensor
@@ -39,27 +72,12 @@ class FusedLoss:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """See `HeadCall` and `as_dict`."""
-        weight, bias, tp_group = split_head(weight, bias)
-        output = slime_fused.preference_loss(
-            at_labels(hidden, self.labels),
-            weight,
-            self.labels if self.layout is None else self.layout.to(hidden.device),
-            loss=self.loss,
-            **self.given,
-            bias=bias,
-            shift=self.layout is None,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-            return_stats=self.stats,
-            tp_group=tp_group,
-        )
-        return as_dict(output)
+        options = {"loss": self.loss, **self.given, "return_stats": self.stats}
+        return as_dict(self.run(slime_fused.preference_loss, hidden, weight, bias, **options))
 
 
 @dataclass(frozen=True)
-class FusedLogps:
+class FusedLogps(OverLabels):
     """A `HeadCall` that gives log-probs of the labels, summed as the policy's are in `FusedLoss`.
 
     While reference and policy are the same model, their difference is 0 to the bit.
@@ -76,23 +94,10 @@ class FusedLogps:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """``logps``: in the shape of the labels, 0 where nothing is predicted, or of each sequence, (S,)."""
-        weight, bias, tp_group = split_head(weight, bias)
-        compute: Callable[..., Tensor] = slime_fused.linear_logprobs
-        if self.reduction != "none":
-            compute = functools.partial(slime_fused.sequence_logprobs, reduction=self.reduction)
-        logps = compute(
-            at_labels(hidden, self.labels),
-            weight,
-            self.labels if self.layout is None else self.layout.to(hidden.device),
-            bias=bias,
-            shift=self.layout is None,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-            tp_group=tp_group,
-        )
-        return {"logps": logps}
+        head = (hidden, weight, bias)
+        if self.reduction == "none":
+            return {"logps": self.run(slime_fused.linear_logprobs, *head)}
+        return {"logps": self.run(slime_fused.sequence_logprobs, *head, reduction=self.reduction)}
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,10 @@ class FusedLogProbs:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """``logps`` (K, C)."""
-        weight, bias, tp_group = split_head(weight, bias)
-        rows = hidden[self.row, self.positions]  # (K, D)
-        num_tokens = self.tokens.shape[1]
-        logps = slime_fused.linear_logprobs(
-            rows.unsqueeze(1).expand(-1, num_tokens, -1).contiguous(),
-            weight,
-            self.tokens,
-            bias=bias,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-            tp_group=tp_group,
-        )
-        return {"logps": logps}
+        rows = hidden[self.row, self.positions].unsqueeze(1)  # (K, 1, D)
+        layout = slime_fused.token_layout(self.tokens)  # not shifted
+        call = FusedLogps(self.tokens, layout, self.transform, self.backend, self.workspace)
+        return call(rows.expand(-1, self.tokens.shape[1], -1).contiguous(), weight, bias)
 
 
 def run_in_head(model: nn.Module, inputs: Mapping[str, Any], call: HeadCall) -> dict[str, Tensor]:

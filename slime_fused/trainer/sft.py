@@ -14,8 +14,7 @@ import slime_fused
 from slime_fused import reference
 from slime_fused.losses import SFT
 from slime_fused.model.averages import Averages
-from slime_fused.model.calls import FusedLoss, at_labels
-from slime_fused.model.sharding import split_head
+from slime_fused.model.calls import FusedLoss, OverLabels
 from slime_fused.model.transform import LogitTransform
 from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText
@@ -92,7 +91,7 @@ class SftTrainer(HeadTrainer):
 
 
 @dataclass(frozen=True)
-class FusedCrossEntropy:
+class FusedCrossEntropy(OverLabels):
     """A `HeadCall` that computes a mean cross-entropy, with what `FusedLoss` has no place for."""
 
     labels: Tensor
@@ -106,26 +105,8 @@ class FusedCrossEntropy:
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
         """``loss``, and ``stats/*`` in the shape of the labels."""
-        weight, bias, tp_group = split_head(weight, bias)
-        told = slime_fused.linear_cross_entropy(
-            at_labels(hidden, self.labels),
-            weight,
-            self.labels if self.layout is None else self.layout.to(hidden.device),
-            bias=bias,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            shift=self.layout is None,
-            logit_scale=self.transform.scale,
-            logit_softcap=self.transform.softcap,
-            backend=self.backend,
-            workspace=self.workspace,
-            return_stats=_STATS,
-            tp_group=tp_group,
-        )
-        assert told.losses is not None
-        assert told.entropy is not None
-        assert told.is_top1 is not None
+        options = {"reduction": "none", "label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        told = self.run(slime_fused.linear_cross_entropy, hidden, weight, bias, **options, return_stats=_STATS)
         loss = told.losses.sum() / (self.labels[:, 1:] != IGNORE_INDEX).sum()
         return {"loss": loss, "stats/entropy": told.entropy.detach(), "stats/is_top1": told.is_top1}
 
