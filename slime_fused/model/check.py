@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slime_fused.model.calls import FusedLogProbs, run_in_head
 from slime_fused.model.reference import evaluating
+from slime_fused.model.sharding import is_dtensor
 from slime_fused.model.transform import LogitTransform
 from slime_fused.model.wrappers import unwrap_module, unwrap_peft
 
@@ -115,7 +116,7 @@ def _first_targets(labels: Tensor) -> tuple[int, Tensor]:
 
 def _check_width(logits: Tensor, head: Any) -> None:
     size = getattr(head, "out_features", logits.shape[-1])
-    if type(logits).__name__ == "DTensor" or logits.shape[-1] < size:
+    if is_dtensor(logits) or logits.shape[-1] < size:
         raise ValueError(
             f"model: expected whole logits of {size} tokens to compare with, got a part of {logits.shape[-1]} "
             "on each process; give lm_head output_layouts=Replicate() and use_local_output=True in the "

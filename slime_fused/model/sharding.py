@@ -19,7 +19,7 @@ from torch import Tensor
 def is_tensor_parallel(head: Any) -> bool:
     """Whether the weight of a plain head is a DTensor that no hook of FSDP2 will gather."""
     weight = head._parameters.get("weight")
-    return _is_dtensor(weight) and not _is_fsdp_unit(head)
+    return is_dtensor(weight) and not _is_fsdp_unit(head)
 
 
 def check_tensor_parallel(layer: Any, has_hooks: bool) -> None:
@@ -28,7 +28,7 @@ def check_tensor_parallel(layer: Any, has_hooks: bool) -> None:
     Raises ValueError for a DTensor that is no block of rows of one group of processes.
     """
     weight = layer.weight
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return
     if has_hooks:
         what = "in a unit of its own under FSDP2" if _is_fsdp_unit(layer) else "with an adapter on it"
@@ -48,7 +48,7 @@ def check_tensor_parallel(layer: Any, has_hooks: bool) -> None:
 
 def whole_hidden(hidden: Tensor) -> Tensor:
     """``hidden`` (S, T, D) as every process of the group holds it whole; its gradient is whole on each of them."""
-    if not _is_dtensor(hidden):
+    if not is_dtensor(hidden):
         return hidden
     from torch.distributed.tensor import Replicate
 
@@ -63,18 +63,19 @@ def split_head(weight: Any, bias: Any) -> tuple[Tensor, Tensor | None, Any]:
 
     A weight that is no DTensor, or a replicated one, comes back whole, with no group.
     """
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return weight, bias, None
     is_whole = weight.placements[0].is_replicate()
-    local_bias = bias.to_local() if _is_dtensor(bias) else bias
-    if _is_dtensor(bias) and bias.placements[0].is_replicate() != is_whole:
+    local_bias = bias.to_local() if is_dtensor(bias) else bias
+    if is_dtensor(bias) and bias.placements[0].is_replicate() != is_whole:
         raise ValueError(f"model: the head's weight lies as {weight.placements} and its bias as {bias.placements}")
-    if local_bias is not None and not _is_dtensor(bias) and not is_whole:
+    if local_bias is not None and not is_dtensor(bias) and not is_whole:
         raise ValueError("model: expected the bias of a tensor-parallel output head to be sharded as its weight is")
     return weight.to_local(), local_bias, None if is_whole else weight.device_mesh.get_group()
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor, whose module takes long to import."""
     return isinstance(tensor, torch.Tensor) and type(tensor).__name__ == "DTensor"
 
 

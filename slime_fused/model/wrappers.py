@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Under these names torch.compile, FSDP1 and activation checkpointing keep the module that they wrap."""
 
 _PARALLEL = ("torch.nn.parallel", "deepspeed")
@@ -15,7 +15,7 @@ _PARALLEL = ("torch.nn.parallel", "deepspeed")
 def unwrap_module(module: Any) -> Any:
     """What is inside torch.compile, FSDP1, checkpointing, DistributedDataParallel or a DeepSpeed engine."""
     while True:
-        inner = next((module._modules[name] for name in _TRANSPARENT if name in module._modules), None)
+        inner = next((module._modules[name] for name in TRANSPARENT if name in module._modules), None)
         if inner is None and type(module).__module__.startswith(_PARALLEL):
             inner = module.module
         if inner is None:

@@ -60,13 +60,17 @@ class ExactEvaluation(Trainer):
             raise error
         return dataset
 
+    def for_evaluation(self, dataset: Any, name: str) -> Any:
+        """What batches of an evaluation are made of: `prepared`."""
+        return self.prepared(dataset, name)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in the base class; ``eval_dataset`` may be raw rows."""
-        return super().get_eval_dataloader(self.prepared(eval_dataset, "eval"))
+        return super().get_eval_dataloader(self.for_evaluation(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """As in the base class; ``test_dataset`` may be raw rows."""
-        return super().get_test_dataloader(self.prepared(test_dataset, "test"))
+        return super().get_test_dataloader(self.for_evaluation(test_dataset, "test"))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         # In the dataset's order: grouped by length, predictions would come in another.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from slime_fused.losses import SFT, Formula, PolicyGradient, as_loss
@@ -20,10 +19,10 @@ from slime_fused.trainer.base import HeadTrainer
 from slime_fused.trainer.card import CardText, loss_text
 from slime_fused.trainer.config import PreferenceConfig
 from slime_fused.trainer.data import TOKEN_COLUMNS, PreferenceCollator, prepare_dataset
+from slime_fused.trainer.loss_needs import check_needs
 from slime_fused.trainer.pair_metrics import REFERENCE, pair_means, token_means, unit_means
 from slime_fused.trainer.reference import LateReference
 from slime_fused.trainer.reference_pass import ReferencePass
-from slime_fused.trainer.weighting import check_needs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,13 +96,9 @@ class PreferenceTrainer(HeadTrainer):
             self._reference.fill(model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """See `HeadTrainer.get_eval_dataloader`; with the reference's log-probs where the loss needs them."""
-        return super().get_eval_dataloader(self._reference.for_evaluation(self.prepared(eval_dataset, "eval")))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """See `get_eval_dataloader`."""
-        return super().get_test_dataloader(self._reference.for_evaluation(self.prepared(test_dataset, "test")))
+    def for_evaluation(self, dataset: Any, name: str) -> Any:
+        """See `HeadTrainer.for_evaluation`; with the reference's log-probs where the loss needs them."""
+        return self._reference.for_evaluation(super().for_evaluation(dataset, name))
 
     def _get_train_sampler(self, train_dataset: Any = None, *args: Any) -> Any:
         # It may read rows to group them by length, before a sharded model can give them reference log-probs.
@@ -174,7 +169,7 @@ class PreferenceTrainer(HeadTrainer):
             name = logged_term(self.loss, self._token_mean.term)
             tokens = counts.chosen if self._token_mean.side == "chosen" else counts.rejected
             averages.add("tokens of one side", tokens, {name: means.pop(name)})
-        averages.add("units", self.count_items(batch)[0], means)
+        averages.add("units", counts.by_unit(self.loss)[0], means)
         averages.add("pairs", counts.pairs, pair_means(self.loss, outputs, counts))
         averages.add("tokens", counts.lengths.sum(), token_means(outputs, counts))
         averages.count({"num_pairs": counts.pairs, "num_completion_tokens": counts.lengths.sum()})

@@ -17,8 +17,8 @@ from slime_fused.trainer.arguments import ScriptArguments, Settings
 from slime_fused.trainer.checkpoints import checkpoints_in, find_checkpoint
 from slime_fused.trainer.config import HeadConfig
 from slime_fused.trainer.loading import check_exists
+from slime_fused.trainer.loss_needs import check_needs
 from slime_fused.trainer.options import UsageError
-from slime_fused.trainer.weighting import check_needs
 
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("weight_decay", 0, math.inf, "a number >= 0"),

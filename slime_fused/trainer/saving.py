@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from slime_fused.model.wrappers import TRANSPARENT
 
 
 @contextmanager
@@ -67,5 +67,5 @@ def _plainly_named(named_modules: Any, *args: Any, **kwargs: Any) -> Iterator[tu
 
 
 def _plain(name: str) -> str:
-    """``name`` without what FSDP1 and activation checkpointing put into it."""
-    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
+    """``name`` without what the wrappers around modules put into it."""
+    return ".".join(part for part in name.split(".") if part and part not in TRANSPARENT)
